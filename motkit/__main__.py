@@ -1,0 +1,5 @@
+"""``python -m motkit``."""
+
+from motkit.cli import main
+
+main()
