@@ -1,0 +1,406 @@
+"""What a recipe may say: the schema, YAML with ``key=value`` overrides, and every check that needs no model.
+
+A recipe is one YAML file (README, "A recipe"). Paths in it resolve against its folder; paths in an override resolve
+against the working folder, because a person typed them there. All faults of a recipe are collected and reported
+together in one `UserError`, a line each.
+"""
+
+import dataclasses
+import difflib
+import functools
+import re
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from yaml import YAMLError
+
+from motkit.bundle import bundled_files
+from motkit.errors import UserError
+
+_NAME = r"^[a-z0-9][a-z0-9._-]*$"
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+
+# SFTConfig fields that the loop itself decides, with where to say it instead.
+_RESERVED_TRAIN_FIELDS = {
+    **dict.fromkeys(["seed", "data_seed"], "set the recipe's 'seed'"),
+    **dict.fromkeys(["output_dir", "resume_from_checkpoint", "run_name"], "the run directory decides it (--run)"),
+    **dict.fromkeys(["max_grad_norm_filter", "logging_nan_inf_filter"], "a non-finite loss always stops the branch"),
+    **dict.fromkeys(["logging_strategy", "logging_steps"], "every step is always logged to metrics.jsonl"),
+    **dict.fromkeys(
+        ["save_strategy", "save_only_model"], "branches always save resumable checkpoints; set 'save_steps'"
+    ),
+    **dict.fromkeys(["load_best_model_at_end"], "the stopping rule is fixed beforehand: 'max_steps'"),
+    **dict.fromkeys(["do_eval", "eval_strategy", "eval_steps", "eval_on_start"], "use the recipe's 'evaluate'"),
+    **dict.fromkeys(["truncation_mode"], "traces are never cut; see 'filter.over_long'"),
+    **dict.fromkeys(["completion_only_loss", "assistant_only_loss"], "the loss is always on the whole trace only"),
+    **dict.fromkeys(
+        ["dataset_text_field", "dataset_kwargs", "chat_template_path", "eos_token", "pad_token", "label_names"],
+        "traces are rendered with the student's own tokenizer and template",
+    ),
+    **dict.fromkeys(["num_train_epochs"], "a branch's length is 'max_steps'"),
+    **dict.fromkeys(["push_to_hub", "hub_model_id", "hub_strategy", "hub_token"], "push the folder 'final' yourself"),
+    **dict.fromkeys(["auto_find_batch_size", "ignore_data_skip"], "a resumed branch must repeat the same batches"),
+    **dict.fromkeys(["trust_remote_code", "model_init_kwargs"], "checkpoints load with plain transformers"),
+    **dict.fromkeys(["fsdp", "deepspeed", "local_rank"], "one process trains a branch in this version"),
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Teacher(_Section):
+    """A teacher, known here by the traces it wrote."""
+
+    name: str = Field(pattern=_NAME, description="becomes a folder: lower-case letters, digits, '.', '_', '-'")
+    traces: str = Field(min_length=1, description="JSONL of traces")
+
+    @field_validator("name")
+    @classmethod
+    def _not_taken(cls, name: str) -> str:
+        if name in {"union", "merged"}:
+            raise ValueError(f"'{name}' is a name that the run directory uses itself")
+        return name
+
+
+class TraceFilter(_Section):
+    """Which of a teacher's traces are trained on."""
+
+    verifier: Literal["exact", "none"] = "exact"
+    keep_per_problem: int = Field(default=1, ge=1)
+    over_long: Literal["drop", "error"] = "drop"
+
+
+class Precision(_Section):
+    """Storage types of weights: between rounds, and of the published student."""
+
+    carry: Literal["float32", "bfloat16"] = "float32"
+    publish: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+
+class Sampling(_Section):
+    """How text is sampled; temperature 0 is greedy."""
+
+    temperature: float = Field(default=0.0, ge=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    max_tokens: int = Field(default=1024, ge=1)
+
+
+class Evaluation(_Section):
+    """Held-out problems (exact-answer accuracy) and held-out traces (mean loss), scored after every round."""
+
+    problems: str | None = None
+    traces: dict[str, str] = Field(default_factory=dict, description="name of a set of traces → JSONL")
+    samples: int = Field(default=1, ge=1)
+    sampling: Sampling = Sampling()
+    batch_size: int = Field(default=32, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_set_of_traces(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("traces"), str):
+            return {**value, "traces": {"heldout": value["traces"]}}
+        return value
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> "Evaluation":
+        if self.problems is None and not self.traces:
+            raise ValueError("nothing to evaluate: give 'problems', 'traces' or both")
+        if self.traces and self.problems is None:
+            raise ValueError("'traces' need 'problems': the problems that they answer")
+        if self.samples > 1 and self.sampling.temperature == 0.0:
+            raise ValueError("'samples' above 1 needs 'sampling.temperature' above 0 (greedy samples are all the same)")
+        return self
+
+
+class Recipe(_Section):
+    """A whole experiment. Every path in it is absolute once loaded."""
+
+    student: str = Field(min_length=1, description="a checkpoint folder or a hub id")
+    problems: str = Field(min_length=1)
+    teachers: tuple[Teacher, ...] = Field(min_length=1)
+    filter: TraceFilter = TraceFilter()
+    branches: Literal["per_teacher", "union"] = "per_teacher"
+    rounds: int = Field(ge=1)
+    train: dict[str, Any]
+    merge: str | dict[str, Any] = "mot"
+    precision: Precision = Precision()
+    evaluate: Evaluation | None = None
+    seed: int = Field(default=42, ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _unique_teachers(self) -> "Recipe":
+        names = [teacher.name for teacher in self.teachers]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"teachers: the name {', '.join(twice)} is used more than once")
+        return self
+
+    @property
+    def branch_names(self) -> tuple[str, ...]:
+        """Names of the branches of a round: one per teacher, or ``union``."""
+        return tuple(teacher.name for teacher in self.teachers) if self.branches == "per_teacher" else ("union",)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """``field: theirs → ours`` for every field that differs from ``other``."""
+        ours, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
+        return [
+            f"{key}: {theirs.get(key, 'absent')!r} → {ours.get(key, 'absent')!r}"
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)
+        ]
+
+
+def recipe_path(recipe: str | Path) -> Path:
+    """The YAML file behind a path (a file, or a folder with ``recipe.yaml``) or the bare name of a bundled recipe.
+
+    Raises:
+        UserError: there is no such file or name.
+    """
+    path = Path(recipe).expanduser()
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        path = path / "recipe.yaml"
+    if path.is_file():
+        return path.resolve()
+    bundled = bundled_files("recipes")
+    if str(recipe) in bundled:
+        return bundled[str(recipe)]
+    raise UserError(
+        f"{recipe}: no such recipe file, and no bundled recipe of that name{_nearest(str(recipe), bundled)}"
+    )
+
+
+def recipe_name(path: Path) -> str:
+    """Name of the run that a recipe makes by default: the file's stem, or the folder's name for ``recipe.yaml``."""
+    return path.parent.name if path.name == "recipe.yaml" else path.stem
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        recipe: path of a YAML file, of a folder with ``recipe.yaml``, or the bare name of a bundled recipe.
+        overrides: ``key=value`` with a dotted key (``train.max_steps=10``, ``teachers.0.traces=a.jsonl``); the value
+            is read as YAML, so it is typed.
+
+    Returns:
+        The recipe, with absolute paths; a hub id stays as it is.
+
+    Raises:
+        UserError: one line per fault, all of them at once: file, key, got, expected, remedy.
+    """
+    path = recipe_path(recipe)
+    values = read_yaml_mapping(path)
+    _resolve_paths(values, path.parent)
+    for override in overrides:
+        _apply_override(values, override)
+    faults: list[str] = []
+    result: Recipe | None = None
+    try:
+        result = Recipe.model_validate(values)
+    except ValidationError as error:
+        faults += [_describe(fault, values) for fault in error.errors()]
+    if isinstance(values.get("train"), dict):
+        faults += _train_faults(values["train"])
+    faults += _missing_files(values, path)
+    if faults or result is None:
+        raise UserError("\n".join(f"{_short(path)}: {fault}" for fault in faults))
+    return result
+
+
+def read_yaml_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file whose top is a mapping, read safely: no tags that build objects, no key given twice.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, or is not a mapping.
+    """
+    try:
+        loaded = OmegaConf.load(path)
+        values = OmegaConf.to_container(loaded, resolve=False)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{_short(path)}: not readable YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{_short(path)}: expected a mapping of keys at the top, got a {type(values).__name__}")
+    return typing.cast(dict[str, Any], values)
+
+
+@functools.cache
+def sft_config_fields() -> dict[str, Any]:
+    """Name → type of every field of TRL's SFTConfig. Imports trl, which takes seconds."""
+    from trl import SFTConfig
+
+    hints = typing.get_type_hints(SFTConfig)
+    return {field.name: hints[field.name] for field in dataclasses.fields(SFTConfig) if field.init}
+
+
+def _train_faults(train: Mapping[str, Any]) -> list[str]:
+    faults = []
+    fields = sft_config_fields()
+    for key, value in train.items():
+        if key in _RESERVED_TRAIN_FIELDS:
+            faults.append(f"train.{key}: motkit sets this field itself; remove it: {_RESERVED_TRAIN_FIELDS[key]}")
+        elif key not in fields:
+            faults.append(f"train.{key}: not a field of TRL's SFTConfig{_nearest(key, fields)}")
+        elif not _fits(fields[key], value):
+            expected = getattr(fields[key], "__name__", None) or str(fields[key])
+            faults.append(f"train.{key}: got {value!r}, expected {expected}")
+    steps = train.get("max_steps")
+    if steps is None:
+        faults.append("train.max_steps: missing; give the optimizer steps of a branch in one round (the paper: 50)")
+    elif isinstance(steps, int) and steps < 1:
+        faults.append(f"train.max_steps: got {steps!r}, expected a whole number of at least 1")
+    return faults
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    try:
+        # Strict, so that "fifty" or "1e-5 " is not coerced; int is fine for float.
+        TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        return not (isinstance(value, str) and kind in (int, float, bool))
+    except ValidationError:
+        return False
+    except Exception:  # a type that pydantic cannot describe: SFTConfig itself checks it
+        return True
+
+
+def _is_path_key(key: str) -> bool:
+    return bool(re.fullmatch(r"student|problems|merge|teachers\.\d+\.traces|evaluate\.(problems|traces(\..+)?)", key))
+
+
+def _resolve_path(key: str, value: str, folder: Path) -> str:
+    path = Path(value).expanduser()
+    resolved = path if path.is_absolute() else folder / path
+    if key == "merge" and not resolved.is_file():
+        return value  # the bare name of a merge config
+    if key == "student" and not resolved.exists() and _HUB_ID.match(value) and not (folder / "make_data.py").is_file():
+        return value  # a hub id
+    return str(resolved.resolve())
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
+    for key, holder, name in list(_leaves(values)):
+        if _is_path_key(key) and isinstance(holder[name], str):
+            holder[name] = _resolve_path(key, holder[name], folder)
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterable[tuple[str, Any, Any]]:
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in pairs:
+        key = f"{prefix}.{name}" if prefix else str(name)
+        if isinstance(inner, dict | list):
+            yield from _leaves(inner, key)
+        else:
+            yield key, value, name
+
+
+def _flatten(value: Any) -> dict[str, Any]:
+    return {key: holder[name] for key, holder, name in _leaves(value)}
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override {override!r}: expected key=value, such as train.max_steps=10")
+    key = re.sub(r"\[(\d+)\]", r".\1", key.strip())
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+    if _is_path_key(key) and isinstance(value, str):
+        value = _resolve_path(key, value, Path.cwd())
+    holder: Any = values
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(holder, list) and part.isdigit() and int(part) < len(holder):
+            holder = holder[int(part)]
+        elif isinstance(holder, dict):
+            holder = holder.setdefault(part, {})
+        else:
+            raise UserError(f"override {override!r}: there is no {part!r} to set something in")
+    if isinstance(holder, dict):
+        holder[last] = value
+    elif isinstance(holder, list) and last.isdigit() and int(last) < len(holder):
+        holder[int(last)] = value
+    else:
+        raise UserError(f"override {override!r}: there is no {last!r} to set")
+
+
+def _section_fields(location: Sequence[str | int]) -> list[str]:
+    """Known keys at a place of the recipe."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
+        inner = [kind for kind in (annotation, *typing.get_args(annotation)) if isinstance(kind, type)]
+        model = next((kind for kind in inner if issubclass(kind, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
+
+
+def _describe(fault: Any, values: dict[str, Any]) -> str:
+    location = [part for part in fault["loc"] if part not in {"str", "dict[str,any]"}]
+    where = ".".join(f"[{part}]" if isinstance(part, int) else str(part) for part in location).replace(".[", "[")
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_nearest(str(location[-1]), _section_fields(location[:-1]))}"
+    if fault["type"] == "missing":
+        return f"{where}: missing; this key is needed"
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    if fault["type"] == "string_pattern_mismatch":
+        message = "expected lower-case letters, digits, '.', '_' and '-', beginning with a letter or digit"
+    return f"{where}: got {fault['input']!r}, {message[0].lower()}{message[1:]}"
+
+
+def _missing_files(values: dict[str, Any], path: Path) -> list[str]:
+    remedy = missing_data_remedy(path)
+    faults = []
+    for key, holder, name in _leaves(values):
+        value = holder[name]
+        if not _is_path_key(key) or key == "merge" or not isinstance(value, str):
+            continue
+        file = Path(value)
+        where = re.sub(r"\.(\d+)", r"[\1]", key)
+        if key == "student":
+            if file.is_absolute() and not (file / "config.json").is_file():
+                faults.append(f"student: no checkpoint (config.json) in {_short(file)}{remedy}")
+        elif not file.is_file():
+            faults.append(f"{where}: file not found: {_short(file)}{remedy}")
+    return faults
+
+
+def missing_data_remedy(path: Path) -> str:
+    """What to say when data of the recipe at ``path`` is missing: the script beside it that makes the data, if any."""
+    script = path.parent / "make_data.py"
+    if script.is_file():
+        return f"; make it with 'python {_short(script)}'"
+    return "; correct the path, or override it with key=value"
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    listed = sorted(known)
+    return f"; known: {', '.join(listed)}" if 0 < len(listed) <= 20 else ""
+
+
+def _short(path: Path) -> str:
+    """The path as a person would type it here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
