@@ -1,0 +1,290 @@
+"""One branch: a student checkpoint fine-tuned on one set of traces with TRL's SFTTrainer.
+
+The only module that runs TRL. Full fine-tuning: weights, gradients and optimizer in float32, with bfloat16 autocast on
+a GPU that has it (paper: not stated; float32 master weights are what the merge needs).
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from motkit import rundir
+from motkit.checkpoint import copy_tokenizer, load_tokenizer
+from motkit.errors import UserError
+from motkit.render import RenderedTrace
+
+DEFAULT_SAVE_STEPS = 25
+_SEAL = "sealed.json"
+
+
+@dataclass(frozen=True)
+class BranchReport:
+    """What a branch did. ``tokens`` are those the model read, padding excluded; ``flops`` is 6·P·tokens."""
+
+    steps: int
+    tokens: int
+    flops: float
+    train_seconds: float
+    final_loss: float
+    resumed_from_step: int
+    peak_memory_bytes: int
+
+
+def train_branch(
+    *,
+    student: Path,
+    traces: Sequence[RenderedTrace],
+    out: Path,
+    work: Path,
+    metrics: Path,
+    settings: Mapping[str, Any],
+    seed: int,
+    name: str,
+    parameters: int,
+    reports: Path,
+    progress: bool = True,
+) -> BranchReport:
+    """Fine-tune a copy of ``student`` on ``traces`` and save it.
+
+    Args:
+        student: checkpoint folder; loaded in float32 whatever its dtype.
+        traces: rendered and none longer than ``settings["max_length"]``.
+        out: folder to save the checkpoint into (float32 safetensors, the student's tokenizer byte for byte).
+        work: folder for the trainer's own resumable checkpoints; what a killed call left there is resumed from, if it
+            is complete. The caller deletes it once ``out`` is published.
+        metrics: JSONL file with a line per step: step, loss, learning_rate, grad_norm, tokens, seconds.
+        settings: fields of SFTConfig, as checked by the recipe.
+        seed: of the order of the traces (and of dropout, if the student has any).
+        name: of the branch, for progress, messages and ``report_to``.
+        parameters: P, for the FLOPs.
+        reports: folder for what ``report_to`` writes.
+
+    Raises:
+        UserError: a non-finite loss or gradient norm, settings that SFTConfig refuses, or a storage fault.
+    """
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from trl import SFTConfig, SFTTrainer
+
+    resume = _last_sealed_checkpoint(work)
+    tokenizer = load_tokenizer(student)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # only fills batches: padding is masked
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    # The trainer aligns these with the tokenizer; the published student keeps its own.
+    original_config, original_generation_config = copy.deepcopy((model.config, model.generation_config))
+    on_gpu = torch.cuda.is_available() and not settings.get("use_cpu", False)
+    defaults = {
+        "bf16": on_gpu and torch.cuda.is_bf16_supported(),
+        "save_steps": DEFAULT_SAVE_STEPS,
+        "save_total_limit": 2,
+        "report_to": "none",
+    }
+    rows = Dataset.from_list([{"input_ids": trace.input_ids, "labels": trace.labels} for trace in traces])
+    with rundir.storage_errors(work):
+        try:
+            config = SFTConfig(
+                **{
+                    **defaults,
+                    **settings,
+                    "output_dir": str(work),
+                    "run_name": name,
+                    "seed": seed,
+                    "save_strategy": "steps",
+                    "logging_strategy": "steps",
+                    "logging_steps": 1,
+                    "logging_nan_inf_filter": False,
+                    "disable_tqdm": True,
+                    # Rows come with labels and within max_length: the trainer has nothing to prepare but packing.
+                    "dataset_kwargs": {"skip_prepare_dataset": not settings.get("packing", False)},
+                }
+            )
+        except (ValueError, TypeError) as error:
+            raise UserError(f"train: SFTConfig refuses these settings: {' '.join(str(error).split())}") from error
+        with _reporting_to(reports, config.report_to):
+            trainer = SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+            trainer.remove_callback(PrinterCallback)
+            trainer.remove_callback(ProgressCallback)
+            first_step = int(resume.name.rpartition("-")[2]) if resume else 0
+            steps_log = _StepLog(metrics, first_step)
+            bar = tqdm(
+                total=config.max_steps,
+                initial=first_step,
+                desc=name,
+                unit="step",
+                disable=not progress,
+                file=sys.stderr,
+                leave=False,
+            )
+            trainer.add_callback(_branch_callback(name, steps_log, bar))
+            started = time.perf_counter()
+            try:
+                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+            finally:
+                bar.close()
+            seconds = time.perf_counter() - started
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        trained.config, trained.generation_config = original_config, original_generation_config
+        trained.config.dtype = torch.float32
+        trained.save_pretrained(out)
+        copy_tokenizer(student, out)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated()
+    del trainer, model, trained
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return BranchReport(
+        steps=config.max_steps,
+        tokens=steps_log.tokens,
+        flops=6.0 * parameters * steps_log.tokens,
+        train_seconds=steps_log.seconds_before + seconds,
+        final_loss=steps_log.last_loss,
+        resumed_from_step=first_step,
+        peak_memory_bytes=peak,
+    )
+
+
+def resumable_step(work: Path) -> int:
+    """Step of the last complete trainer checkpoint in ``work``; 0 if there is none. Changes nothing."""
+    return max((step for step, folder in _trainer_checkpoints(work) if _is_sealed(folder)), default=0)
+
+
+def _trainer_checkpoints(work: Path) -> list[tuple[int, Path]]:
+    return sorted(
+        (int(folder.name.rpartition("-")[2]), folder)
+        for folder in work.glob("checkpoint-*")
+        if folder.name.rpartition("-")[2].isdigit()
+    )
+
+
+def _last_sealed_checkpoint(work: Path) -> Path | None:
+    """The last complete trainer checkpoint. Incomplete ones are deleted: the trainer would resume from them unchecked,
+    with a fresh optimizer where optimizer.pt is missing."""
+    sealed = None
+    for _, folder in _trainer_checkpoints(work):
+        if _is_sealed(folder):
+            sealed = folder
+        else:
+            shutil.rmtree(folder)
+    return sealed
+
+
+def _seal(folder: Path) -> None:
+    """Record what a complete trainer checkpoint holds, after its content is on the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        rundir.sync(path)
+    rundir.write_json(folder / _SEAL, {path.relative_to(folder).as_posix(): path.stat().st_size for path in files})
+
+
+def _is_sealed(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+class _StepLog:
+    """metrics.jsonl: a line per step. A resumed branch keeps the lines up to where it resumes."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        kept = []
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # a torn last line
+                    row = json.loads(line)
+                    if row["step"] <= first_step:
+                        kept.append(row)
+        last = kept[-1] if kept else {}
+        self.tokens_before: int = last.get("tokens", 0)
+        self.seconds_before: float = last.get("seconds", 0.0)
+        self.tokens = self.tokens_before
+        self.last_loss: float = last.get("loss", math.nan)
+        self._started = time.perf_counter()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+
+    def add(self, step: int, logs: Mapping[str, float]) -> None:
+        self.tokens = self.tokens_before + int(logs["num_tokens"])
+        self.last_loss = float(logs["loss"])
+        row = {
+            "step": step,
+            "loss": float(logs["loss"]),
+            "learning_rate": float(logs["learning_rate"]),
+            "grad_norm": float(logs["grad_norm"]),
+            "tokens": self.tokens,
+            "seconds": round(self.seconds_before + time.perf_counter() - self._started, 3),
+        }
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _branch_callback(name: str, log: _StepLog, bar: Any) -> Any:
+    from transformers import TrainerCallback
+
+    class BranchCallback(TrainerCallback):
+        """Logs each step, stops on what is not finite, and seals the trainer's checkpoints."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if not logs or "loss" not in logs:
+                return
+            for key in ("loss", "grad_norm"):
+                if not math.isfinite(logs[key]):
+                    raise UserError(
+                        f"branch {name}: step {state.global_step}: {key} is {logs[key]}; lower train.learning_rate, "
+                        "set train.max_grad_norm, or check that the student's weights are finite"
+                    )
+            log.add(state.global_step, logs)
+            bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+            bar.update(1)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step >= state.max_steps:
+                control.should_save = False  # the branch itself is saved next; its optimizer is not needed again
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            _seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            log.close()
+
+    return BranchCallback()
+
+
+@contextlib.contextmanager
+def _reporting_to(folder: Path, targets: Sequence[str]) -> Iterator[None]:
+    """Give each branch a run of its own in tensorboard, wandb and trackio."""
+    variable, before = "TENSORBOARD_LOGGING_DIR", os.environ.get("TENSORBOARD_LOGGING_DIR")
+    if "tensorboard" in targets:
+        os.environ[variable] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = before
+        for target in ("wandb", "trackio"):
+            # Left open, the next branch would write into this branch's run.
+            if target in targets and target in sys.modules:
+                sys.modules[target].finish()
