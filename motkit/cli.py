@@ -1,0 +1,245 @@
+"""The ``motkit`` command: arguments in, tables out. No logic; heavy imports inside the commands."""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from motkit import __version__
+from motkit.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas
+
+
+class _Group(click.Group):
+    """Prints a `UserError` as it is and exits 2; an interruption exits 130; anything else is a bug and shows itself."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            for line in str(error).splitlines():
+                click.echo(line if line.startswith(" ") else f"error: {line}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("interrupted: what is published stays; run the same command again to go on", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="motkit")
+def main() -> None:
+    """Merge-of-Thought Distillation: branch a student per teacher, fine-tune, merge, repeat.
+
+    \b
+    motkit recipes                     what is bundled
+    motkit round quickstart --all      run a recipe
+    motkit status runs/quickstart      how it went
+    """
+
+
+@main.command("round")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--run", "run", type=click.Path(path_type=Path), help="Run directory.  [default: runs/<recipe's name>]")
+@click.option("--rounds", type=click.IntRange(min=1), help="Do this many unfinished rounds.  [default: 1]")
+@click.option("--all", "all_rounds", is_flag=True, help="Do all unfinished rounds.")
+@click.option("--dry-run", is_flag=True, help="Say what each stage would do, and do nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+def round_command(
+    recipe: str,
+    overrides: Sequence[str],
+    run: Path | None,
+    rounds: int | None,
+    all_rounds: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Do the next unfinished round of RECIPE (a path, or the bare name of a bundled one).
+
+    KEY=VALUE overrides a field: train.max_steps=10, student=path/to/checkpoint, teachers.0.traces=mine.jsonl.
+    Run again to go on: what is done is skipped, what was interrupted resumes.
+    """
+    if all_rounds and rounds is not None:
+        raise click.UsageError("--all and --rounds exclude each other")
+    from motkit import recipe as recipes
+    from motkit.rounds import plan_rounds, run_rounds
+
+    loaded = recipes.load_recipe(recipe, overrides)
+    folder = run or Path("runs") / recipes.recipe_name(recipes.recipe_path(recipe))
+    wanted = None if all_rounds else rounds or 1
+    if dry_run:
+        _print_plan(plan_rounds(loaded, folder, rounds=wanted), folder, as_json)
+        return
+    table = run_rounds(loaded, folder, rounds=wanted, progress=sys.stderr.isatty())
+    _print_summary(table, folder, as_json)
+
+
+@main.command("merge")
+@click.argument("config")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--base", type=click.Path(path_type=Path), help="Checkpoint for $student: the merge's base model.")
+@click.option("--branch", "branches", type=click.Path(path_type=Path), multiple=True, help="Checkpoint; repeat it.")
+@click.option("--dtype", help="Type of the written weights, instead of the config's out_dtype.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of methods that draw at random.")
+@click.option("--device", default="cpu", show_default=True, help="Where the arithmetic is done.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def merge_command(
+    config: str,
+    out: Path,
+    base: Path | None,
+    branches: Sequence[Path],
+    dtype: str | None,
+    seed: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Merge checkpoints as the mergekit CONFIG says (a path or a bundled name: mot, linear, ties, …) into OUT."""
+    from motkit.merge import merge_checkpoints
+
+    report = merge_checkpoints(
+        config, out, base=base, branches=branches, out_dtype=dtype, seed=seed, device=device,
+        quiet=not sys.stderr.isatty(),
+    )  # fmt: skip
+    if as_json:
+        import dataclasses
+        import json
+
+        click.echo(json.dumps(dataclasses.asdict(report), default=str))
+        return
+    click.echo(
+        f"{report.out}: {report.method} of {report.num_inputs} checkpoints, {report.num_tensors} tensors, "
+        f"{report.parameters / 1e6:.1f} M parameters, {report.bytes_written / 1e6:.0f} MB written in "
+        f"{report.seconds:.1f} s"
+    )
+
+
+@main.command("status")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+def status_command(run: Path, as_json: bool) -> None:
+    """Table what the run directory RUN holds: each branch and merge, its cost and its scores."""
+    from motkit.summary import summarise
+
+    _print_summary(summarise(run), run, as_json)
+
+
+@main.group("recipes", invoke_without_command=True)
+@click.pass_context
+def recipes_group(context: click.Context) -> None:
+    """List the bundled recipes and merge configs; 'copy' writes one to edit."""
+    if context.invoked_subcommand:
+        return
+    from motkit.bundle import bundled_files
+
+    for kind, title in (("recipes", "recipes"), ("merge_configs", "merge configs")):
+        click.echo(f"{title}:")
+        for name, path in bundled_files(kind).items():
+            first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+            click.echo(f"  {name:<22} {first}")
+
+
+@recipes_group.command("copy")
+@click.argument("name")
+@click.argument("to", required=False, type=click.Path(path_type=Path))
+def recipes_copy(name: str, to: Path | None) -> None:
+    """Write the bundled recipe or merge config NAME to TO (default: the working folder) to edit."""
+    from motkit.bundle import bundled_files
+
+    known = {**bundled_files("merge_configs"), **bundled_files("recipes")}
+    if name not in known:
+        raise UserError(f"{name}: no bundled recipe or merge config of that name; known: {', '.join(known)}")
+    source = known[name].parent if known[name].name == "recipe.yaml" else known[name]
+    target = to or Path(source.name)
+    if target.exists():
+        raise UserError(f"{target}: exists already; delete it or name another place")
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("data", "data.partial", "__pycache__"))
+    else:
+        shutil.copyfile(source, target)
+    click.echo(str(target))
+
+
+def _print_plan(plan: Sequence[Any], folder: Path, as_json: bool) -> None:
+    if as_json:
+        import dataclasses
+        import json
+
+        click.echo(json.dumps([dataclasses.asdict(stage) for stage in plan]))
+        return
+    rows = [
+        [
+            stage.stage,
+            stage.action,
+            _count(stage.rows),
+            _count(stage.steps),
+            _count(stage.tokens),
+            _bytes(stage.disk_bytes),
+        ]
+        for stage in plan
+    ]
+    total = sum(stage.disk_bytes or 0 for stage in plan if stage.action != "skip")
+    _print_table(f"{folder}: what would be done", ["stage", "action", "rows", "steps", "≈ tokens", "disk"], rows)
+    click.echo(f"disk to be written: {_bytes(total) or '0 MB'}, and a branch's resumable checkpoints while it trains")
+
+
+def _print_summary(table: "pandas.DataFrame", folder: Path, as_json: bool) -> None:
+    if as_json:
+        click.echo(table.to_json(orient="records"))
+        return
+    rows = []
+    for row in table.to_dict(orient="records"):
+        accuracy = f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f}" if _known(row["accuracy"]) else ""
+        rows.append(
+            [
+                str(row["round"]),
+                row["name"],
+                _count(row["steps"]),
+                _count(row["tokens"]),
+                f"{row['seconds']:.1f}" if _known(row["seconds"]) else "",
+                f"{row['train_loss']:.3f}" if _known(row["train_loss"]) else "",
+                accuracy,
+                f"{row['heldout_loss']:.4f}" if _known(row["heldout_loss"]) else "",
+            ]
+        )
+    headings = ["round", "student", "steps", "tokens", "seconds", "train loss", "accuracy %", "held-out loss"]
+    _print_table(str(folder), headings, rows, bold="merged")
+    final = folder / "final"
+    click.echo(
+        f"student: {final}" if final.exists() else "student: not published yet; 'motkit round … --all' finishes it"
+    )
+
+
+def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], bold: str = "") -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, width=120)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row, style="bold" if bold and bold in row else "")
+    console.print(table)
+
+
+def _known(value: Any) -> bool:
+    # NaN and pandas.NA are not equal to themselves (comparing NA gives NA, which has no truth value).
+    return value is not None and str(value) not in {"nan", "<NA>"}
+
+
+def _count(value: Any) -> str:
+    return f"{int(value):,}" if _known(value) else ""
+
+
+def _bytes(value: int | None) -> str:
+    if not value:
+        return ""
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"

@@ -1,0 +1,642 @@
+"""The loop of Merge-of-Thought Distillation: the only place that orders the stages.
+
+`run_rounds` is the spine; `_Run` does one stage at a time, each skipped if it is done, resumed or redone if it is not.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from motkit import checkpoint as checkpoints
+from motkit import evaluate, generate, merge, publish, rundir, train, verify
+from motkit.errors import UserError
+from motkit.filter import PreparedTraces, filter_traces
+from motkit.recipe import Recipe, missing_data_remedy
+from motkit.render import RenderedTrace, Renderer, UnfitTrace
+from motkit.rundir import RunDir
+from motkit.summary import load_recorded_recipe, scores_markdown, summarise
+from motkit.traces import SeedProblem, read_problems, read_traces, to_jsonl
+
+if TYPE_CHECKING:
+    import pandas
+
+_PACKAGES = (
+    "motkit",
+    "torch",
+    "transformers",
+    "trl",
+    "mergekit",
+    "safetensors",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "numpy",
+    "pandas",
+    "pydantic",
+)
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Say = Callable[[str], None]
+
+
+def run_rounds(
+    recipe: Recipe,
+    run: str | Path,
+    *,
+    rounds: int | None = None,
+    progress: bool = True,
+    say: Say | None = None,
+) -> "pandas.DataFrame":
+    """Do the next rounds of a run.
+
+    1. Open the run: hold its lock, compare the recipe and the input files with those it began with.
+    2. Filter each teacher's traces and render them with the student's tokenizer.
+    3. Score the student before the first round.
+    4. For each round: train the branches from the student, merge them, score branches and merge; the merge is the next
+       round's student.
+    5. After the last round publish the student: ``final``, in ``precision.publish``.
+
+    What is done already is skipped, a killed branch resumes from its last complete trainer checkpoint, and an
+    interrupted run, continued, ends with the same bytes as one that was not (one machine, one set of versions).
+
+    Args:
+        recipe: from `motkit.load_recipe`.
+        run: the run's folder; made if it does not exist.
+        rounds: how many unfinished rounds to do; None for all.
+        progress: progress bars on stderr.
+        say: receives a line per stage; default: printed to stderr.
+
+    Returns:
+        The summary: a row for the base, every branch and every merge so far (also in ``summary.csv``).
+
+    Raises:
+        UserError: anything that the user can mend; what was published before stays.
+    """
+    folder = RunDir(Path(run).resolve())
+    with folder.hold(), _logging(folder, say) as say, rundir.storage_errors(folder.root):
+        now = _Run(folder, recipe, say, progress)
+        now.open()
+        rows = now.prepare_traces()
+        student = now.student
+        now.evaluate(0, {"base": student})
+        unfinished = [number for number in range(1, recipe.rounds + 1) if not now.is_finished(number)]
+        last = recipe.rounds if rounds is None or not unfinished else unfinished[: max(rounds, 1)][-1]
+        for number in range(1, last + 1):
+            branches = {name: now.train_branch(number, name, student, rows[name]) for name in recipe.branch_names}
+            merged = now.merge(number, student, branches)
+            now.evaluate(number, {**branches, "merged": merged})
+            student = merged
+        if last == recipe.rounds:
+            now.publish(last, student)
+        return now.summarise()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint with the identity of its content."""
+
+    path: Path
+    digest: str
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage would do: ``run``, ``resume`` or ``skip``."""
+
+    stage: str
+    action: str
+    rows: int | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    disk_bytes: int | None = None
+
+
+def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -> list[StagePlan]:
+    """What `run_rounds` would do, without doing or writing anything.
+
+    Disk is what a stage leaves, plus the trainer's resumable checkpoints while a branch runs.
+    """
+    folder = RunDir(Path(run).resolve())
+    now = _Run(folder, recipe, lambda line: None, progress=False)
+    now.resolve()
+    now.compare_recipe()
+    prepared = now.filtered()
+    report = prepared.report
+    steps, size = recipe.train["max_steps"], now.parameters * 4
+    plan = [
+        StagePlan(
+            "traces",
+            "skip" if rundir.read_done(folder.traces) else "run",
+            rows=sum(counts["kept"] for counts in report.values()),
+            tokens=sum(counts["tokens"] for counts in report.values()),
+        )
+    ]
+
+    def evaluation(number: int, names: Sequence[str]) -> None:
+        if recipe.evaluate:
+            scored = rundir.read_json(folder.evaluation(number))
+            plan.append(
+                StagePlan(
+                    folder.relative(folder.evaluation(number)),
+                    "skip" if all(name in scored for name in names) else "run",
+                    rows=len(now.evaluation_problems) * len(names),
+                )
+            )
+
+    evaluation(0, ["base"])
+    unfinished = [number for number in range(1, recipe.rounds + 1) if not now.is_finished(number)]
+    last = recipe.rounds if rounds is None or not unfinished else unfinished[: max(rounds, 1)][-1]
+    for number in range(1, last + 1):
+        for name in recipe.branch_names:
+            teachers = [name] if recipe.branches == "per_teacher" else list(report)
+            kept = sum(report[teacher]["kept"] for teacher in teachers)
+            tokens = sum(report[teacher]["tokens"] for teacher in teachers)
+            batch = recipe.train.get("per_device_train_batch_size", 8) * recipe.train.get(
+                "gradient_accumulation_steps", 1
+            )
+            done = rundir.read_done(folder.branch(number, name))
+            resumable = train.resumable_step(folder.branch_work(number, name))
+            plan.append(
+                StagePlan(
+                    folder.relative(folder.branch(number, name)),
+                    "skip" if done else f"resume at {resumable}" if resumable else "run",
+                    rows=kept,
+                    steps=steps,
+                    tokens=round(steps * batch * tokens / kept),
+                    disk_bytes=size,
+                )
+            )
+        plan.append(
+            StagePlan(
+                folder.relative(folder.merged(number)),
+                "skip" if rundir.read_done(folder.merged(number)) else "run",
+                disk_bytes=now.parameters * _BYTES[recipe.precision.carry],
+            )
+        )
+        evaluation(number, [*recipe.branch_names, "merged"])
+    if last == recipe.rounds:
+        plan.append(
+            StagePlan(
+                folder.relative(folder.published(last)),
+                "skip" if rundir.read_done(folder.published(last)) else "run",
+                disk_bytes=now.parameters * _BYTES[recipe.precision.publish],
+            )
+        )
+    return plan
+
+
+@dataclass
+class _Run:
+    """One process's hold on a run: the stages, one method each."""
+
+    folder: RunDir
+    recipe: Recipe
+    say: Say
+    progress: bool
+    problems: dict[str, SeedProblem] = field(default_factory=dict)
+    evaluation_problems: dict[str, SeedProblem] = field(default_factory=dict)
+    heldout: dict[str, list[RenderedTrace]] = field(default_factory=dict)
+    made_here: set[Path] = field(default_factory=set)
+
+    # Opening a run
+
+    def resolve(self) -> None:
+        """Find the student, read problems and merge config: everything that can be wrong before anything is spent."""
+        remedy = missing_data_remedy(self.folder.recipe)
+        self.student_path = checkpoints.find_checkpoint(self.recipe.student, remedy)
+        self.parameters = checkpoints.count_parameters(self.student_path)
+        self.merge_config = merge.load_merge_config(self.recipe.merge)
+        merge.check_merge_config(self.merge_config, num_branches=len(self.recipe.branch_names))
+        self.recipe = self.recipe.model_copy(update={"merge": self.merge_config})
+        self.problems = read_problems(Path(self.recipe.problems))
+        self.tokenizer = checkpoints.load_tokenizer(self.student_path)
+        ends = checkpoints.end_token_ids(self.student_path, self.tokenizer)
+        self.renderer = Renderer(self.tokenizer, ends)
+        if self.recipe.evaluate and self.recipe.evaluate.problems:
+            self.evaluation_problems = read_problems(Path(self.recipe.evaluate.problems))
+            for name, file in self.recipe.evaluate.traces.items():
+                self.heldout[name] = []
+                for trace in read_traces(Path(file), self.evaluation_problems):
+                    try:
+                        row = self.renderer.render(self.evaluation_problems[trace.problem_id], trace)
+                    except UnfitTrace as reason:
+                        raise UserError(f"{file}: trace {trace.label}: {reason}; remove or correct it") from reason
+                    self.heldout[name].append(row)
+
+    def compare_recipe(self) -> None:
+        """Refuse a recipe other than the one that the run began with."""
+        if self.folder.recipe.is_file():
+            changed = self.recipe.differences(load_recorded_recipe(self.folder))
+            if changed:
+                lines = "\n".join(f"  {line}" for line in changed)
+                raise UserError(
+                    f"{self.folder.root}: began with another recipe; restore it, or choose another folder with --run:\n"
+                    f"{lines}"
+                )
+
+    def open(self) -> None:
+        """Resolve the recipe; record it, the environment and the input files, or compare them with the records."""
+        self.resolve()
+        self.compare_recipe()
+        if not self.folder.recipe.is_file():
+            rundir.write_text(self.folder.recipe, self.recipe.to_yaml())
+        self._open_environment()
+        files = {"problems": Path(self.recipe.problems)}
+        files |= {f"teachers.{teacher.name}.traces": Path(teacher.traces) for teacher in self.recipe.teachers}
+        if self.recipe.evaluate:
+            files |= {f"evaluate.traces.{name}": Path(file) for name, file in self.recipe.evaluate.traces.items()}
+            if self.recipe.evaluate.problems:
+                files["evaluate.problems"] = Path(self.recipe.evaluate.problems)
+        for path in sorted(self.student_path.rglob("*")):
+            if path.is_file() and path.name not in {"README.md", ".gitattributes"}:
+                files[f"student/{path.relative_to(self.student_path).as_posix()}"] = path
+        recorded = rundir.read_json(self.folder.inputs)
+        self.input_hashes = {key: _hash_if_changed(path, recorded.get(key)) for key, path in files.items()}
+        if recorded:
+            changed = [
+                key
+                for key in sorted(recorded.keys() | self.input_hashes.keys())
+                if recorded.get(key, {}).get("sha256") != self.input_hashes.get(key, {}).get("sha256")
+            ]
+            if changed:
+                raise UserError(
+                    f"{self.folder.root}: input files are not those that the run began with: {', '.join(changed)}; "
+                    "restore them, or choose another folder with --run"
+                )
+        rundir.write_json(self.folder.inputs, self.input_hashes)
+        student = {key: entry["sha256"] for key, entry in self.input_hashes.items() if key.startswith("student/")}
+        self.student = Model(self.student_path, rundir.digest(student))
+
+    def _open_environment(self) -> None:
+        import torch
+
+        recorded = rundir.read_json(self.folder.environment)
+        if recorded:
+            # Another thread count gives other bytes on a wide model.
+            torch.set_num_threads(recorded["threads"])
+        current = _environment()
+        if not recorded:
+            rundir.write_json(self.folder.environment, current)
+        changed = [key for key in ("versions", "devices", "python") if recorded and recorded.get(key) != current[key]]
+        if changed:
+            self.say(
+                f"warning: {', '.join(changed)} changed since this run began (environment.json): what is made now may "
+                "differ in its last bits from what an uninterrupted run makes"
+            )
+
+    # Stages
+
+    def filtered(self) -> PreparedTraces:
+        """Read and filter every teacher's traces."""
+        read = {teacher.name: read_traces(Path(teacher.traces), self.problems) for teacher in self.recipe.teachers}
+        return filter_traces(
+            read,
+            problems=self.problems,
+            settings=self.recipe.filter,
+            max_length=self.recipe.train.get("max_length", 1024),  # SFTConfig's own default
+            renderer=self.renderer,
+            verify=verify.verify_exact,
+        )
+
+    def prepare_traces(self) -> dict[str, list[RenderedTrace]]:
+        """Stage ``traces``: the kept traces of each teacher, and the report. Returns each branch's rows."""
+        prepared = self.filtered()
+        inputs = {
+            "hashes": {key: entry["sha256"] for key, entry in self.input_hashes.items() if "evaluate" not in key},
+            "filter": self.recipe.filter.model_dump(),
+            "max_length": self.recipe.train.get("max_length", 1024),
+        }
+        folder = self.folder.traces
+        if self._done(folder, inputs) is None:
+            with rundir.publish(folder) as partial:
+                for name, traces in prepared.kept.items():
+                    rundir.write_text(partial / f"{name}.jsonl", to_jsonl(traces))
+                rundir.write_json(partial / "report.json", prepared.report)
+                rundir.write_done(partial, inputs)
+        for name, counts in prepared.report.items():
+            lost = ", ".join(
+                f"{counts[key]} {key.replace('_', '-')}"
+                for key in ("truncated", "wrong", "unfit", "over_long", "surplus")
+                if counts[key]
+            )
+            self.say(
+                f"traces {name}: {counts['kept']} of {counts['read']} kept" + (f" (dropped: {lost})" if lost else "")
+            )
+        if self.recipe.branches == "union":
+            return {"union": [row for rows in prepared.rendered.values() for row in rows]}
+        return prepared.rendered
+
+    def train_branch(self, number: int, name: str, student: Model, rows: Sequence[RenderedTrace]) -> Model:
+        """Stage ``round_NN/branches/NAME``."""
+        folder, work = self.folder.branch(number, name), self.folder.branch_work(number, name)
+        # Paper gap: whether optimizer state and learning-rate schedule carry over from round to round is not said; each
+        # round starts both afresh, because after a merge no branch's optimizer state fits the student.
+        # Paper gap: nor is the order of the traces; each round shuffles them anew, the same way for every branch.
+        seed = self.recipe.seed + number
+        inputs = {
+            "student": student.digest,
+            "traces": rundir.digest([[row.input_ids, row.num_prompt_tokens] for row in rows]),
+            "train": self.recipe.train,
+            "seed": seed,
+        }
+        record = self._done(folder, inputs)
+        if record is None:
+            checkpoint_bytes = self.parameters * 4
+            rundir.require_space(folder, checkpoint_bytes * 4, f"training branch {name}")
+            self._verify(student)
+            fingerprint = rundir.digest(inputs)
+            if work.exists() and _read_text(work / "inputs.sha256") != fingerprint:
+                shutil.rmtree(work)
+            rundir.write_text(work / "inputs.sha256", fingerprint)
+            resumable = train.resumable_step(work)
+            self._say_stage(folder, f"resumes at step {resumable}" if resumable else "runs")
+            with rundir.publish(folder) as partial:
+                report = train.train_branch(
+                    student=student.path,
+                    traces=rows,
+                    out=partial / "checkpoint",
+                    work=work,
+                    metrics=work / "metrics.jsonl",
+                    settings=self.recipe.train,
+                    seed=seed,
+                    name=f"{self.folder.root.name}/{self.folder.relative(folder)}",
+                    parameters=self.parameters,
+                    reports=self.folder.logs / "tensorboard" / f"round_{number:02d}" / name,
+                    progress=self.progress,
+                )
+                shutil.copyfile(work / "metrics.jsonl", partial / "metrics.jsonl")
+                cost = {**asdict(report), "seconds": report.train_seconds}
+                record = rundir.write_done(partial, inputs, cost=cost)
+            self.made_here.add(folder / "checkpoint")
+        if work.exists():
+            shutil.rmtree(work)
+        return Model(folder / "checkpoint", rundir.checkpoint_digest(record))
+
+    def merge(self, number: int, student: Model, branches: Mapping[str, Model]) -> Model:
+        """Stage ``round_NN/merged``."""
+        folder = self.folder.merged(number)
+        carry = self.recipe.precision.carry
+        inputs = {
+            "student": student.digest,
+            "branches": {name: branch.digest for name, branch in branches.items()},
+            "config": self.merge_config,
+            "out_dtype": carry,
+            "seed": self.recipe.seed + number,
+        }
+        record = self._done(folder, inputs)
+        if record is None:
+            rundir.require_space(folder, self.parameters * _BYTES[carry], "the merge")
+            for model in (student, *branches.values()):
+                self._verify(model)
+            self._say_stage(folder, "runs")
+            with rundir.publish(folder) as partial:
+                report = merge.merge_checkpoints(
+                    self.merge_config,
+                    partial / "checkpoint",
+                    base=student.path,
+                    branches=[branch.path for branch in branches.values()],
+                    out_dtype=carry,
+                    seed=self.recipe.seed + number,
+                    quiet=not self.progress,
+                )
+                shutil.copyfile(partial / "checkpoint" / "mergekit_config.yml", partial / "merge.yaml")
+                cost = {
+                    "seconds": report.seconds,
+                    "bytes_read": report.bytes_read,
+                    "bytes_written": report.bytes_written,
+                }
+                record = rundir.write_done(partial, inputs, cost=cost)
+            self.made_here.add(folder / "checkpoint")
+        return Model(folder / "checkpoint", rundir.checkpoint_digest(record))
+
+    def evaluate(self, number: int, models: Mapping[str, Model]) -> None:
+        """``round_NN/evaluation.json``: one entry per checkpoint, each written when it is known."""
+        settings = self.recipe.evaluate
+        if settings is None:
+            return
+        file = self.folder.evaluation(number)
+        entries = rundir.read_json(file)
+        for name, model in models.items():
+            inputs = self._evaluation_inputs(model)
+            if entries.get(name, {}).get("inputs") == inputs:
+                continue
+            self._verify(model)
+            self._say_stage(file, f"scores {name}")
+            scores = evaluate.evaluate_checkpoint(
+                model.path,
+                settings=settings,
+                problems=self.evaluation_problems,
+                heldout=self.heldout,
+                generate=generate.generate_texts,
+                verify=verify.verify_exact,
+                seed=self.recipe.seed,
+                name=f"round {number} {name}",
+                progress=self.progress,
+            )
+            entries[name] = {"inputs": inputs, "scores": scores}
+            rundir.write_json(file, entries)
+
+    def publish(self, number: int, student: Model) -> None:
+        """Stage ``round_NN/published``: the student in ``precision.publish`` with its card; ``final`` points to it."""
+        folder = self.folder.published(number)
+        inputs = {"student": student.digest, "dtype": self.recipe.precision.publish}
+        if self._done(folder, inputs) is None:
+            rundir.require_space(folder, self.parameters * _BYTES[inputs["dtype"]], "the published student")
+            self._verify(student)
+            self._say_stage(folder, "runs")
+            with rundir.publish(folder) as partial:
+                publish.cast_checkpoint(student.path, partial / "checkpoint", inputs["dtype"])
+                card = publish.model_card(
+                    name=self.folder.root.name,
+                    student=self.recipe.student,
+                    teachers=[teacher.name for teacher in self.recipe.teachers],
+                    method=str(self.merge_config.get("merge_method")),
+                    rounds=number,
+                    steps=self.recipe.train["max_steps"],
+                    scores=scores_markdown(summarise(self.folder.root)),
+                    recipe=_without_folders(self.recipe).to_yaml(),
+                    versions=rundir.read_json(self.folder.environment)["versions"],
+                )
+                rundir.write_text(partial / "checkpoint" / "README.md", card)
+                rundir.write_done(partial, inputs)
+        self.folder.link_final(folder / "checkpoint")
+
+    def summarise(self) -> "pandas.DataFrame":
+        """Write and return the summary."""
+        table = summarise(self.folder.root)
+        rundir.write_text(self.folder.summary, table.to_csv(index=False))
+        return table
+
+    # What is done
+
+    def is_finished(self, number: int) -> bool:
+        """Whether a round's merge exists and all of its scores do."""
+        if rundir.read_done(self.folder.merged(number)) is None:
+            return False
+        if self.recipe.evaluate is None:
+            return True
+        scored = rundir.read_json(self.folder.evaluation(number))
+        return all(name in scored for name in (*self.recipe.branch_names, "merged"))
+
+    def _done(self, folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The stage's record if it is done from these inputs and its files are there; damaged, it is set aside."""
+        record = rundir.read_done(folder)
+        if record is None:
+            if folder.exists():
+                aside = rundir.set_aside(folder)
+                self._say_stage(folder, f"has no completion record; moved to {aside.name}")
+            return None
+        wrong = rundir.damage(folder, record, hashes=False)
+        if wrong:
+            aside = rundir.set_aside(folder)
+            self._say_stage(folder, f"is damaged: {wrong}; moved to {aside.name}, made again")
+            return None
+        if record["inputs"] != json.loads(json.dumps(inputs)):
+            differ = [key for key in inputs if record["inputs"].get(key) != json.loads(json.dumps(inputs[key]))]
+            raise UserError(
+                f"{folder}: was made from other inputs than this run has now ({', '.join(differ) or 'fewer fields'}); "
+                "choose another folder with --run, or delete this round's folder and those after it to redo them"
+            )
+        self._say_stage(folder, "is done")
+        return record
+
+    def _verify(self, model: Model) -> None:
+        """Before a checkpoint is read: compare the bytes of what an earlier process made with its record."""
+        if model.path in self.made_here or model.path == self.student_path:
+            return
+        stage = model.path.parent
+        record = rundir.read_done(stage)
+        wrong = "its record is gone" if record is None else rundir.damage(stage, record, hashes=True)
+        if wrong:
+            aside = rundir.set_aside(stage)
+            raise UserError(f"{stage}: damaged: {wrong}; moved to {aside.name}: run the same command again to redo it")
+        self.made_here.add(model.path)
+
+    def _evaluation_inputs(self, model: Model) -> dict[str, Any]:
+        assert self.recipe.evaluate is not None
+        settings = self.recipe.evaluate.model_dump(mode="json", exclude={"problems", "traces"})
+        hashes = {key: entry["sha256"] for key, entry in self.input_hashes.items() if key.startswith("evaluate")}
+        return {"checkpoint": model.digest, "settings": settings, "files": hashes}
+
+    def _say_stage(self, path: Path, what: str) -> None:
+        self.say(f"{self.folder.relative(path)}: {what}")
+
+
+@contextlib.contextmanager
+def _logging(folder: RunDir, say: Say | None) -> Iterator[Say]:
+    """A log file per attempt; libraries' warnings go there instead of the terminal."""
+    import datasets
+    import transformers
+
+    with rundir.storage_errors(folder.logs):
+        folder.logs.mkdir(parents=True, exist_ok=True)
+        attempt = 1 + max((int(path.stem.rpartition("_")[2]) for path in folder.logs.glob("attempt_*.log")), default=0)
+        handler = logging.FileHandler(folder.logs / f"attempt_{attempt:02d}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    level, others = root.level, root.handlers[:]
+    for other in others:
+        root.removeHandler(other)
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    # transformers prints through a handler of its own; its messages go to the root's file instead.
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    log = logging.getLogger("motkit")
+
+    def say_and_log(line: str) -> None:
+        log.info(line)
+        if say is not None:
+            say(line)
+        else:
+            print(line, file=sys.stderr)
+
+    with warnings.catch_warnings():
+        logging.captureWarnings(True)
+        try:
+            yield say_and_log
+        except BaseException as error:
+            log.error("stopped by %s: %s", type(error).__name__, error)
+            raise
+        finally:
+            logging.captureWarnings(False)
+            transformers.utils.logging.enable_default_handler()
+            transformers.utils.logging.disable_propagation()
+            root.removeHandler(handler)
+            root.setLevel(level)
+            for other in others:
+                root.addHandler(other)
+            handler.close()
+
+
+def _environment() -> dict[str, Any]:
+    import torch
+
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    source = Path(__file__).resolve().parent.parent
+    commit = None
+    if (source / ".git").exists():
+        with contextlib.suppress(OSError):
+            asked = subprocess.run(
+                ["git", "rev-parse", "HEAD"], cwd=source, capture_output=True, text=True, check=False
+            )
+            commit = asked.stdout.strip() or None
+    return {
+        "versions": {package: metadata.version(package) for package in _PACKAGES if _is_installed(package)},
+        "python": platform.python_version(),
+        "motkit_commit": commit,
+        "platform": platform.platform(),
+        "devices": devices or ["cpu"],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _hash_if_changed(path: Path, recorded: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Hash of an input file; one whose size and time of change are as recorded is not read again."""
+    stat = path.stat()
+    seen = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    if recorded and all(recorded.get(key) == value for key, value in seen.items()):
+        return dict(recorded)
+    return {"sha256": rundir.hash_file(path), **seen}
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
+def _without_folders(recipe: Recipe) -> Recipe:
+    """The recipe for a public card: file names without the folders of the machine that ran it."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: strip(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [strip(inner) for inner in value]
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+    return Recipe.model_validate(strip(recipe.model_dump(mode="json")))

@@ -1,0 +1,274 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+from crash_driver import MOMENTS
+from experiment import RECIPE, write_experiment
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import motkit
+from motkit.errors import UserError
+from motkit.rounds import plan_rounds
+from motkit.rundir import hash_tree
+
+HERE = Path(__file__).parent
+
+
+def run(recipe, folder, *overrides, **options) -> tuple[pandas.DataFrame, list[str]]:
+    said: list[str] = []
+    table = motkit.run_rounds(motkit.load_recipe(recipe, overrides), folder, progress=False, say=said.append, **options)
+    return table, said
+
+
+def weights(folder: Path) -> dict[str, str]:
+    """SHA-256 of every weight file of a run, and of each checkpoint's config."""
+    tree = hash_tree(folder)
+    return {name: entry["sha256"] for name, entry in tree.items() if name.endswith((".safetensors", "config.json"))}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(recipe, folder, table, lines) of one uninterrupted run."""
+    from conftest import make_pico_checkpoint
+
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = write_experiment(folder / "data", make_pico_checkpoint)
+    table, said = run(recipe, folder / "run")
+    return recipe, folder / "run", table, said
+
+
+def test_a_run_is_readable_and_its_student_loads(whole):
+    _, folder, _, said = whole
+    assert [path.name for path in sorted(folder.iterdir())] == [
+        ".lock", "environment.json", "final", "inputs.json", "logs", "recipe.yaml",
+        "round_00", "round_01", "round_02", "summary.csv", "traces",
+    ]  # fmt: skip
+    assert sorted(path.name for path in (folder / "round_01").rglob("*") if path.is_dir()) == [
+        "branches", "checkpoint", "checkpoint", "checkpoint", "merged", "plain", "wordy",
+    ]  # fmt: skip
+    assert os.readlink(folder / "final") == "round_02/published/checkpoint"
+    student = AutoModelForCausalLM.from_pretrained(folder / "final")
+    assert student.dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained(folder / "final").chat_template
+    carried = load_file(folder / "round_02" / "merged" / "checkpoint" / "model.safetensors")
+    assert {tensor.dtype for tensor in carried.values()} == {torch.float32}
+    published = load_file(folder / "final" / "model.safetensors")
+    assert all(torch.equal(published[name], carried[name].to(torch.bfloat16)) for name in carried)
+    card = (folder / "final" / "README.md").read_text()
+    assert str(folder.parent) not in card
+    assert "- `wordy`" in card
+    assert "| 2 | merged |" in card
+    assert "round_02/merged: runs" in said
+
+
+def test_the_merge_of_a_round_is_the_exact_mean_of_its_branches(whole):
+    _, folder, _, _ = whole
+    for number in ("round_01", "round_02"):
+        files = [folder / number / "branches" / name / "checkpoint/model.safetensors" for name in ("plain", "wordy")]
+        branches = [load_file(file) for file in files]
+        merged = load_file(folder / number / "merged/checkpoint/model.safetensors")
+        for name, tensor in merged.items():
+            mean = torch.stack([branch[name].double() for branch in branches]).mean(0).float()
+            assert torch.equal(tensor, mean)
+    first, second = (float(branch["model.norm.weight"][0]) for branch in branches)
+    exact = float((Fraction(first) + Fraction(second)) / 2)
+    assert merged["model.norm.weight"][0] == torch.tensor(exact, dtype=torch.float32)
+
+
+def test_the_second_round_starts_from_the_first_merge(whole):
+    _, folder, _, _ = whole
+    read = lambda path: json.loads((folder / path / "done.json").read_text())  # noqa: E731
+    started_from = {read(f"round_02/branches/{name}")["inputs"]["student"] for name in ("plain", "wordy")}
+    assert len(started_from) == 1
+    assert started_from != {read("round_01/branches/plain")["inputs"]["student"]}
+
+
+def test_what_was_dropped_is_counted(whole):
+    _, folder, _, said = whole
+    report = json.loads((folder / "traces" / "report.json").read_text())
+    assert {key: report["wordy"][key] for key in ("read", "wrong", "truncated", "over_long", "kept")} == {
+        "read": 8, "wrong": 1, "truncated": 1, "over_long": 1, "kept": 5,
+    }  # fmt: skip
+    assert report["plain"]["kept"] == 8
+    assert "traces wordy: 5 of 8 kept (dropped: 1 truncated, 1 wrong, 1 over-long)" in said
+
+
+def test_the_summary_has_a_row_for_everything(whole):
+    _, folder, table, _ = whole
+    assert list(zip(table["round"], table["name"], strict=True)) == [
+        (0, "base"), (1, "plain"), (1, "wordy"), (1, "merged"), (2, "plain"), (2, "wordy"), (2, "merged"),
+    ]  # fmt: skip
+    assert table["heldout_loss"].notna().all()
+    assert table["accuracy"].between(0, 1).all()
+    assert table.loc[table["kind"] == "branch", "steps"].eq(4).all()
+    read = pandas.read_csv(folder / "summary.csv", dtype={"steps": "Int64", "tokens": "Int64"})
+    pandas.testing.assert_frame_equal(read, table, check_exact=False, rtol=1e-9)
+
+
+def test_the_heldout_loss_is_that_of_a_plain_computation(whole):
+    from test_train import rows
+
+    from motkit.evaluate import heldout_loss
+
+    _, folder, _, _ = whole
+    model = AutoModelForCausalLM.from_pretrained(folder / "round_02/merged/checkpoint").double()
+    total, count = 0.0, 0
+    for row in rows():
+        with torch.no_grad():
+            log_p = model(torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
+        for position in range(row.num_prompt_tokens, len(row.input_ids)):
+            total -= log_p[position - 1, row.input_ids[position]].item()
+            count += 1
+    loss, tokens = heldout_loss(model.float(), rows())
+    assert tokens == count
+    assert loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_running_again_does_nothing(whole):
+    recipe, folder, table, _ = whole
+    before = hash_tree(folder)
+    again, said = run(recipe, folder)
+    assert all("is done" in line or line.startswith("traces") for line in said), said
+    pandas.testing.assert_frame_equal(again, table)
+    changed = {name for name, entry in hash_tree(folder).items() if before.get(name) != entry}
+    assert changed <= {".lock", f"logs/attempt_{len(list((folder / 'logs').glob('*.log'))):02d}.log"}
+
+
+def test_round_by_round_ends_like_all_at_once(whole, tmp_path):
+    recipe, folder, _, _ = whole
+    run(recipe, tmp_path / "run", rounds=1)
+    assert not (tmp_path / "run" / "final").exists()
+    assert not (tmp_path / "run" / "round_02").exists()
+    run(recipe, tmp_path / "run", rounds=1)
+    assert weights(tmp_path / "run") == weights(folder)
+
+
+def test_a_plan_says_what_would_be_done_and_writes_nothing(whole, tmp_path):
+    recipe, folder, _, _ = whole
+    plan = plan_rounds(motkit.load_recipe(recipe), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert [stage.stage for stage in plan if stage.action == "run"] == [stage.stage for stage in plan]
+    branch = next(stage for stage in plan if stage.stage == "round_01/branches/wordy")
+    assert (branch.rows, branch.steps) == (5, 4)
+    size = (folder / "round_01/branches/plain/checkpoint/model.safetensors").stat().st_size
+    assert branch.disk_bytes == pytest.approx(size, rel=0.1)
+    assert {stage.action for stage in plan_rounds(motkit.load_recipe(recipe), folder)} == {"skip"}
+
+
+def test_a_changed_recipe_or_input_is_refused_with_what_changed(whole, tmp_path, make_pico):
+    recipe, folder, _, _ = whole
+    with pytest.raises(UserError, match=r"train\.max_steps: 4 → 5"):
+        run(recipe, folder, "train.max_steps=5")
+    mine = write_experiment(tmp_path / "data", make_pico)
+    run(mine, tmp_path / "run", rounds=1)
+    problems = tmp_path / "data" / "problems.jsonl"
+    problems.write_text(problems.read_text().replace("7+2?", "7 + 2?"))
+    with pytest.raises(UserError, match="not those that the run began with: problems;"):
+        run(mine, tmp_path / "run")
+
+
+def test_a_method_that_cannot_merge_these_branches_is_refused_before_training(tmp_path, make_pico):
+    recipe = write_experiment(tmp_path, make_pico)
+    with pytest.raises(UserError, match="slerp"):
+        run(recipe, tmp_path / "run", "teachers.1.name=two", "merge=slerp", "branches=union")
+    assert not (tmp_path / "run" / "round_01").exists()
+
+
+def test_a_teacher_without_right_answers_is_refused(tmp_path, make_pico):
+    recipe = write_experiment(tmp_path, make_pico)
+    traces = tmp_path / "plain.jsonl"
+    traces.write_text(traces.read_text().replace("boxed{", "boxed{9"))
+    with pytest.raises(UserError, match=r"teacher plain: none of its 8 traces is left \(8 wrong\)"):
+        run(recipe, tmp_path / "run")
+
+
+def test_over_long_traces_can_be_an_error(tmp_path, make_pico):
+    recipe = write_experiment(tmp_path, make_pico)
+    with pytest.raises(UserError, match=r"trace p7#0 has \d+ tokens, train.max_length is 96"):
+        run(recipe, tmp_path / "run", "filter.over_long=error")
+
+
+def test_a_truncated_student_is_named_and_nothing_is_published(tmp_path, make_pico):
+    recipe = write_experiment(tmp_path, make_pico)
+    file = tmp_path / "student" / "model.safetensors"
+    whole_bytes = file.read_bytes()
+    file.write_bytes(whole_bytes[:-100])
+    with pytest.raises(UserError, match=r"model\.safetensors: truncated or damaged"):
+        run(recipe, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("round_*"))
+    file.write_bytes(whole_bytes)
+    run(recipe, tmp_path / "run", rounds=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [100, 0], ids=["truncated", "flipped"])
+def test_a_damaged_stage_is_set_aside_and_made_again(whole, tmp_path, cut):
+    recipe, folder, _, _ = whole
+    run(recipe, tmp_path / "run", rounds=1)
+    file = tmp_path / "run/round_01/merged/checkpoint/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content[: len(content) - cut])
+    if cut:
+        _, said = run(recipe, tmp_path / "run")
+        assert any("round_01/merged: is damaged" in line for line in said)
+    else:
+        with pytest.raises(UserError, match="its SHA-256 differs"):
+            run(recipe, tmp_path / "run")
+        run(recipe, tmp_path / "run")
+    made = {name: digest for name, digest in weights(tmp_path / "run").items() if "damaged" not in name}
+    assert made == weights(folder)
+    assert (tmp_path / "run/round_01/merged.damaged-1").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_goes_on_to_the_same_bytes(whole, tmp_path, moment):
+    recipe, folder, _, _ = whole
+    command = [sys.executable, HERE / "crash_driver.py", recipe, tmp_path / "run", moment]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "run" / "final").exists()
+    _, said = run(recipe, tmp_path / "run")
+    if moment == "training":
+        assert "round_01/branches/wordy: resumes at step 2" in said
+        assert "round_01/branches/plain: is done" in said
+    assert weights(tmp_path / "run") == weights(folder)
+    left = [path.name for path in (tmp_path / "run").rglob("*") if path.name.endswith((".partial", ".training"))]
+    assert left == []
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(whole, tmp_path):
+    recipe, folder, _, _ = whole
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from motkit.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY)); main()"
+    )
+    command = [sys.executable, "-c", code, "round", recipe, "--run", tmp_path / "run", "--all"]
+    stopped = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert stopped.returncode == 2, stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert stopped.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert not list((tmp_path / "run").rglob("checkpoint/model.safetensors"))
+    run(recipe, tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(folder)
+
+
+@pytest.mark.slow
+def test_a_union_of_teachers_is_one_branch(tmp_path, make_pico):
+    recipe = write_experiment(tmp_path, make_pico, RECIPE.replace("merge: mot", "merge: mot\nbranches: union"))
+    table, _ = run(recipe, tmp_path / "run", "rounds=1", "evaluate=null")
+    assert list(table["name"]) == ["base", "union", "merged"]
+    branch = load_file(tmp_path / "run/round_01/branches/union/checkpoint/model.safetensors")
+    merged = load_file(tmp_path / "run/round_01/merged/checkpoint/model.safetensors")
+    assert all(torch.equal(branch[name], merged[name]) for name in branch)
