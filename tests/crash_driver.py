@@ -1,6 +1,6 @@
 """Runs a recipe in a process of its own that kills itself (SIGKILL) at a named moment.
 
-    python crash_driver.py RECIPE RUN MOMENT
+python crash_driver.py RECIPE RUN MOMENT
 """
 
 import os

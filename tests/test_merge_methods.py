@@ -154,6 +154,31 @@ def test_sums_next_to_midpoints_are_decided_exactly(out_dtype):
         assert torch.equal(bits(got), bits(exact_mean(scaled, coefficients, out_dtype)))
 
 
+def test_cancellation_keeps_the_bits_of_the_small_term():
+    """big + small - big, with the exponents from close together to beyond what float64 holds."""
+    small = torch.full((80,), 1 + 2.0**-23) * 2.0 ** -torch.arange(80).to(torch.float32)
+    big = torch.full((80,), 1.5)
+    for gap in range(80):  # one at a time: a chunk is as wide as its widest element
+        tensors = [big[gap : gap + 1], small[gap : gap + 1], -big[gap : gap + 1]]
+        assert torch.equal(weighted_mean(tensors, [Fraction(1)] * 3), small[gap : gap + 1])
+
+
+def test_quotients_next_to_midpoints_of_float32_are_decided_exactly():
+    """x · 2^31 / D = m ± 1 / D with a midpoint m of float32: 2^-55 away from it, and equal to it in float64."""
+    found = 0
+    for m in range(2**24 + 1, 2**24 + 2001, 2):
+        for sign in (1, -1):
+            denominator = sign * pow(m, -1, 2**31) % 2**31
+            x = (m * denominator - sign) >> 31
+            if x >= 2**24:
+                continue
+            found += 1
+            coefficients, tensors = [Fraction(2**31, denominator)], [torch.tensor([float(x)])]
+            got = weighted_mean(tensors, coefficients)
+            assert torch.equal(got, exact_mean(tensors, coefficients, torch.float32)), (m, sign)
+    assert found > 100
+
+
 def test_python_integers_take_over_where_floats_cannot():
     generator = torch.Generator().manual_seed(0)
     for weights in ([1e-300, 1.0, 1e300], [5e-324, 1e-310]):

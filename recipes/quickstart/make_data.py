@@ -249,7 +249,7 @@ def accuracy(model: Any, tokenizer: Any, problems: Sequence[Terms]) -> float:
     texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :])
     ends = [text.partition("</think>")[2].partition(TURN_END)[0] for text in texts]
     right = [end.endswith(rf"\boxed{{{sum(terms)}}}") for end, terms in zip(ends, problems, strict=True)]
-    return sum(right) / len(right)
+    return float(sum(right) / len(right))
 
 
 def pretrain(model: Any, tokenizer: Any, seed: int, probe: Sequence[Terms], held_back: set[Terms]) -> int:

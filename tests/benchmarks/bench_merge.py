@@ -5,10 +5,14 @@
 Both merge the same Llama-shaped bfloat16 checkpoints (random normal · 0.02) into bfloat16. The runs alternate, so that
 a slow spell of the machine hits both. mergekit runs without `dtype: float32`, which its linear does not need and which
 would slow it down. Peak memory is the process's maximum resident set, file pages that it maps included.
+
+This process stays small (the checkpoints are made by another one): Linux counts the size of the process that starts a
+child into the child's maximum.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -17,17 +21,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors.torch import save_file
 
 VOCABULARY = 32_000
 
 
 def make_checkpoint(folder: Path, seed: int, size_mb: float) -> int:
     """Write a Llama-shaped bfloat16 checkpoint of about ``size_mb`` (10^6 bytes); returns its bytes of tensor data."""
+    import torch
+    from safetensors.torch import save_file
+
     hidden = 1024 if size_mb >= 300 else 256
     intermediate = hidden * 11 // 4
     layer = 4 * hidden * hidden + 3 * hidden * intermediate + 2 * hidden
@@ -101,9 +107,9 @@ def main() -> None:
             folder / name for name in ("student", *(f"branch-{n}" for n in range(arguments.branches)))
         )
         print(f"making {1 + len(branches)} checkpoints of {arguments.size_mb:.0f} MB …", file=sys.stderr, flush=True)
-        size = make_checkpoint(student, 0, arguments.size_mb)
-        for seed, branch in enumerate(branches, 1):
-            make_checkpoint(branch, seed, arguments.size_mb)
+        for seed, checkpoint in enumerate((student, *branches)):
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                size = pool.submit(make_checkpoint, checkpoint, seed, arguments.size_mb).result()
         models = [{"model": str(branch), "parameters": {"weight": 1.0}} for branch in branches]
         config = folder / "linear.yaml"
         config.write_text(json.dumps({"merge_method": "linear", "models": models, "out_dtype": "bfloat16"}))
@@ -128,15 +134,16 @@ def main() -> None:
             for name, command in commands.items():
                 runs[name].append(measure(command))
                 shutil.rmtree(out)
-                print(f"{name}: {runs[name][-1][0]:.2f} s, {runs[name][-1][1]:.0f} MB", file=sys.stderr, flush=True)
+                seconds, memory = runs[name][-1]
+                print(f"{name}: {seconds:.2f} s, {memory:.0f} MB", file=sys.stderr, flush=True)
 
     print(f"{len(branches)} branches of {size / 1e6:.0f} MB, bfloat16 → bfloat16, {arguments.repeats} runs each")
     print(f"{'':22}{'wall, median':>14}{'min':>9}{'max':>9}{'peak RSS':>12}")
     medians = {}
     for name, values in runs.items():
-        seconds, memory = zip(*values, strict=True)
-        medians[name] = statistics.median(seconds), max(memory)
-        wall = f"{medians[name][0]:>12.2f} s{min(seconds):>7.2f} s{max(seconds):>7.2f} s"
+        walls, peaks = zip(*values, strict=True)
+        medians[name] = statistics.median(walls), max(peaks)
+        wall = f"{medians[name][0]:>12.2f} s{min(walls):>7.2f} s{max(walls):>7.2f} s"
         print(f"{name:22}{wall}{medians[name][1]:>9.0f} MB")
     ours, theirs = medians["motkit merge mot"], medians["mergekit-yaml linear"]
     ratios = {"wall": ours[0] / theirs[0], "peak_rss": ours[1] / theirs[1]}
@@ -148,8 +155,8 @@ def main() -> None:
             "runs": {name: [{"seconds": s, "peak_rss_mb": m} for s, m in values] for name, values in runs.items()},
             "ratios": ratios,
             "python": platform.python_version(),
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
+            "versions": {name: version(name) for name in ("torch", "mergekit", "transformers")},
+            "cpus": os.cpu_count(),
         }
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
