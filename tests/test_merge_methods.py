@@ -13,7 +13,7 @@ from mergekit.merge_methods import merge_state_dicts, merge_tensors
 
 from motkit import merge_methods
 from motkit.errors import UserError
-from motkit.merge_methods import WeightedMean, mot_coefficients, value_range, weighted_mean
+from motkit.merge_methods import WeightedMean, mot_coefficients, round_ratio, value_range, weighted_mean
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -188,6 +188,21 @@ def test_python_integers_take_over_where_floats_cannot():
         tensors[1][:3] = -0.0
         got = weighted_mean(tensors, coefficients)
         assert torch.equal(bits(got), bits(exact_mean(tensors, coefficients, torch.float32)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ratios_of_integers_round_to_the_nearest_value(dtype):
+    rng = random.Random(9)
+    for _ in range(2000):
+        value = Fraction(rng.randrange(-(2**40), 2**40), rng.randrange(1, 2**40)) * Fraction(2) ** rng.randrange(
+            -170, 170
+        )
+        if rng.random() < 0.3:  # the midpoint of two neighbours
+            pattern = rng.randrange(INFINITY[dtype])
+            value = (magnitude_at(pattern, dtype) + magnitude_at(pattern + 1, dtype)) / 2
+        got = torch.tensor([round_ratio(value.numerator, value.denominator, dtype)], dtype=torch.float64).to(dtype)
+        assert int(bits(got.abs())) == nearest(value, dtype), value
+        assert bool(got < 0) == (value < 0 and got != 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
