@@ -308,7 +308,7 @@ def resolve_merge_config(
         config: from `load_merge_config`.
         base: replaces ``$student``; also becomes ``base_model`` if the config names none and its method uses one.
         branches: an entry ``model: $branches`` becomes one entry per branch, its parameters copied as they are (a list
-            stays a mergekit gradient over layers in each of them).
+            stays a mergekit gradient over layers in each of them). ``base_model: $branches`` is the first branch.
         out_dtype: overrides the config's ``out_dtype``.
 
     Returns:
@@ -346,9 +346,11 @@ def resolve_merge_config(
             return result
         return {key: expand(value) for key, value in node.items()} if isinstance(node, dict) else node
 
+    if config.get("base_model") == BRANCHES:
+        config = {**config, "base_model": branch_references[0]}
     resolved = map_models(expand(config), lambda reference: student if reference == STUDENT else reference)
     if BRANCHES in references(resolved):
-        raise UserError(f"merge config: {BRANCHES} can only stand as the model of an entry of models or sources")
+        raise UserError(f"merge config: {BRANCHES} can only stand as base_model or as the model of an entry")
     assert isinstance(resolved, dict)
     if out_dtype is not None:
         resolved["out_dtype"] = out_dtype

@@ -229,7 +229,7 @@ def test_mergekits_methods_give_what_mergekit_yaml_gives(family, tmp_path):
         "ties": ("ties", student, branches),
         "task_arithmetic": ("task_arithmetic", student, branches),
         "dare_ties": ("dare_ties", student, branches),
-        "slerp": ("slerp", student, branches[:1]),
+        "slerp": ("slerp", student, branches[:2]),
         "experts": ("ties", expert_student, expert_branches),
         "passthrough": (
             {
@@ -489,7 +489,7 @@ def test_roles_of_base_and_branches(family, tmp_path):
     assert "$student has no value" in refusal("mot", out, branches=[alpha])[0]
     explicit = {"merge_method": "mot", "models": [{"model": str(alpha)}, {"model": str(beta)}]}
     assert "no entry 'model: $branches'" in refusal(explicit, out, branches=[gamma])[0]
-    (line,) = refusal("slerp", out, base=student, branches=[alpha, beta])
+    (line,) = refusal("slerp", out, base=student, branches=[alpha, beta, gamma])
     assert line.startswith("merge_method slerp: Merge method requires at most 2 inputs") or "exactly 2" in line
     assert "needs a base" in refusal({**explicit, "parameters": {"scale": 0.5}}, out)[0]
     assert "no such checkpoint folder" in refusal("mot", out, base=student, branches=[alpha, tmp_path / "missing"])[0]
@@ -517,7 +517,7 @@ def test_bundled_configs_open_with_their_purpose(name):
     assert text.startswith("# ")
     assert f"motkit merge {name} OUT" in text
     config = load_merge_config(name)
-    check_merge_config(config, num_branches=1 if name == "slerp" else 3)
+    check_merge_config(config, num_branches=2 if name == "slerp" else 3)
     assert config["out_dtype"] == "bfloat16"
     assert (config.get("dtype") == "float32") == (name != "mot")
     if name == "slerp":
