@@ -328,7 +328,7 @@ def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[st
 
     console = Console(file=sys.stdout)
     if not console.is_terminal:
-        console = Console(file=sys.stdout, width=120)
+        console = Console(file=sys.stdout, width=160)
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=True)

@@ -17,8 +17,18 @@ LOSSES = ("truncated", "failed", "wrong", "unverifiable", "unfit", "over_long", 
 _UNFIT_REASONS = 20  # that a report lists
 
 REPORT_HEADINGS = (
-    *("teacher", "asked", "answered", "truncated", "wrong", "unverif.", "unfit", "over-long", "surplus", "kept"),
-    *("problems", "tokens mean", "p95", "shared with"),
+    *(
+        "teacher",
+        "asked",
+        "ans-\nwered",
+        "trun-\ncated",
+        "wrong",
+        "unveri-\nfiable",
+        "unfit",
+        "over-\nlong",
+        "sur-\nplus",
+    ),
+    *("kept", "prob-\nlems", "mean\ntokens", "p95\ntokens", "problems shared\nwith"),
 )
 
 # Traces of one teacher → (trace, verdict) in the same order; a verdict has ``correct`` and ``reason``.

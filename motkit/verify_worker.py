@@ -98,7 +98,7 @@ def clean(text: str) -> str:
     text = re.sub(r"\\(?:dfrac|tfrac|cfrac)", r"\\frac", text)
     text = re.sub(r"\\(?:displaystyle|left|right|bigl|bigr|big|Big)(?![A-Za-z])", "", text)
     text = re.sub(r"\\(?:underline|boldsymbol|bm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<=\d)\s*(?:\{,\}|\\,|\\!|\\;|\\ |~)\s*(?=\d{3}(?!\d))", ",", text)
+    text = re.sub(r"(?<=\d)\s*(?:\{,\}|,\\!|\\,|\\!|\\;|\\ |~)\s*(?=\d{3}(?!\d))", ",", text)
     text = re.sub(r"\\[,;:!]|\\quad|\\qquad|~", " ", text)
     text = " ".join(text.split())
     if len(text) > 1 and text[0] == text[-1] == "$":
@@ -107,9 +107,12 @@ def clean(text: str) -> str:
     text = _MAGNITUDE.sub(lambda match: rf"\times 10^{{{_MAGNITUDES[match[1].lower()]}}}", text)
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
     text = _FLOAT.sub(r"\1 \\times 10^{\2}", text)
-    if _DIGIT_GROUPS.match(text):
-        text = text.replace(" ", "").replace(",", "")
-    return text
+    return _without_groups(text)
+
+
+def _without_groups(text: str) -> str:
+    """``1,000,000`` without its thousands separators; any other text as it is."""
+    return text.replace(" ", "").replace(",", "") if _DIGIT_GROUPS.match(text) else text
 
 
 def plain_words(text: str) -> str | None:
@@ -168,7 +171,7 @@ def compare_math(request: dict[str, Any]) -> Judged:
             return False, f"units differ: {answer_unit[0]} for {gold_unit[0]}"
         factor = answer_unit[1] / gold_unit[1]
     if gold_unit or answer_unit:
-        gold, answer = gold_value, answer_value
+        gold, answer = _without_groups(gold_value), _without_groups(answer_value)
     counted = _COUNTED.match(answer)
     if counted and re.fullmatch(r"-?[\d.]+", gold):
         answer = counted[1]  # 15 years old
