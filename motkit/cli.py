@@ -329,11 +329,13 @@ def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[st
     console = Console(file=sys.stdout)
     if not console.is_terminal:
         console = Console(file=sys.stdout, width=160)
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number < 2 else "right", no_wrap=True)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    used = [number for number in range(len(headings)) if any(row[number] for row in rows)]
+    for number in used:
+        table.add_column(headings[number], justify="left" if number < 2 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row, style="bold" if bold and bold in row else "")
+        table.add_row(*(row[number] for number in used), style="bold" if bold and bold in row else "")
+    click.echo(title)
     console.print(table)
 
 

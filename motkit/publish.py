@@ -22,7 +22,8 @@ def cast_checkpoint(source: Path, out: Path, dtype: str) -> None:
     kind = getattr(torch, dtype)
     out.mkdir(parents=True, exist_ok=True)
     files = weight_files(source)
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for file in files:
         tensors = {
             name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in load_file(file).items()

@@ -80,7 +80,7 @@ def make_pico_checkpoint(kind: str, path: Path, seed: int = 0, dtype: str = "bfl
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_pico() -> Callable[..., Path]:
     """`make_pico_checkpoint`: (kind, path, seed, dtype, config changes) → path."""
     return make_pico_checkpoint

@@ -1,6 +1,6 @@
 """Runs a recipe in a process of its own that kills itself (SIGKILL) at a named moment.
 
-    python crash_driver.py RECIPE RUN MOMENT
+python crash_driver.py RECIPE RUN MOMENT
 """
 
 import os
@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from motkit import merge, rounds, rundir, train
+from motkit import merge, merge_stream, rounds, rundir, train
 from motkit.recipe import load_recipe
 
 
@@ -49,8 +49,21 @@ def before_seal():
 
 
 def in_merge():
+    """Some of the merged weights are written."""
+    original, calls = merge_stream._write_all, []
+
+    def write_all(*arguments):
+        calls.append(arguments)
+        if len(calls) == 5:
+            die()
+        original(*arguments)
+
+    merge_stream._write_all = write_all
+
+
+def after_merged_weights():
     """The merged weights are written, config and tokenizer are not."""
-    merge._finish = die
+    merge._write_config = die
 
 
 def before_rename(name="merged"):
@@ -93,6 +106,7 @@ MOMENTS = {
     "checkpoint write": in_checkpoint_write,
     "before seal": before_seal,
     "merge": in_merge,
+    "after merged weights": after_merged_weights,
     "before rename": before_rename,
     "before publishing": lambda: before_rename("published"),
     "after branch": after_branch,

@@ -314,3 +314,21 @@ def test_a_union_of_teachers_is_one_branch(tmp_path, make_pico):
     branch = load_file(tmp_path / "run/round_01/branches/union/checkpoint/model.safetensors")
     merged = load_file(tmp_path / "run/round_01/merged/checkpoint/model.safetensors")
     assert all(torch.equal(branch[name], merged[name]) for name in branch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "qwen3_moe"])
+def test_any_causal_lm_goes_through_the_loop(tmp_path, make_pico, kind):
+    recipe = write_experiment(tmp_path, make_pico)
+    make_pico(kind, tmp_path / "other")
+    student = f"student={tmp_path / 'other'}"
+    table, _ = run(recipe, tmp_path / "run", student, "rounds=1", "train.max_steps=2")
+    assert table["heldout_loss"].notna().all()
+    branches = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / f"run/round_01/branches/{name}/checkpoint").state_dict()
+        for name in ("plain", "wordy")
+    ]
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").state_dict()
+    for name, tensor in final.items():
+        mean = torch.stack([branch[name].double() for branch in branches]).mean(0)
+        assert torch.equal(tensor, mean.float().to(torch.bfloat16)), name

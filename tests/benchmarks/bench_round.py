@@ -1,4 +1,4 @@
-"""What the loop adds: wall time of ``motkit round`` over the time inside its ``SFTTrainer.train()`` calls.
+"""What the loop adds: wall time of ``motkit round`` over the time inside its ``SFTTrainer.train()``.
 
     python tests/benchmarks/bench_round.py                                 # a Llama of 30 M parameters, made on the spot
     python tests/benchmarks/bench_round.py --recipe RECIPE [KEY=VALUE]...  # any recipe; evaluation is left out
