@@ -124,7 +124,7 @@ def merge_command(
 @click.argument("traces", type=click.Path(path_type=Path))
 @click.option("--problems", required=True, type=click.Path(path_type=Path), help="JSONL of the problems they answer.")
 @click.option("--verifier", default="math", show_default=True, help="math, exact, choice, reasoning_gym:<task>, none.")
-@click.option("--time-limit", "time_limit_s", default=5.0, show_default=True, help="Seconds for one answer.")
+@click.option("--time-limit", "time_limit_s", default=5.0, show_default=True, help="Processor seconds for one answer.")
 @click.option("--workers", type=click.IntRange(min=1), help="Worker processes.  [default: one per core, at most 8]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line for every trace.")
 def verify_command(

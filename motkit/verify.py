@@ -34,6 +34,7 @@ from typing import Any
 
 from motkit.errors import UserError
 from motkit.traces import SeedProblem, Trace, verifier_fault
+from motkit.verify_worker import WALL_PER_LIMIT
 
 TIME_LIMIT_S = 5.0
 MEMORY_LIMIT_MB = 512
@@ -98,7 +99,7 @@ class Verifier:
     Args:
         name: the recipe's verifier; a problem's own ``verifier`` goes first, unless the name is ``none``.
         workers: processes; default: one per core, at most 8.
-        time_limit_s: wall seconds for one answer.
+        time_limit_s: processor seconds for one answer, and a sixth of the wall seconds that it may take.
         memory_limit_mb: what a worker may grow by, in MiB of address space.
 
     Raises:
@@ -432,7 +433,7 @@ class _Worker:
     def send(self, job: _Job) -> None:
         self.job = job
         # The process keeps the limit itself; this is for one that cannot.
-        self.deadline = time.monotonic() + self.time_limit_s + 5.0
+        self.deadline = time.monotonic() + WALL_PER_LIMIT * self.time_limit_s + 5.0
         with contextlib.suppress(BrokenPipeError):  # it has died: reading says so
             self.requests.write(json.dumps(job.request).encode() + b"\n")
             self.requests.flush()

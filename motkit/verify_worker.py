@@ -27,6 +27,7 @@ Judged = tuple[bool | None, str]
 _EQUAL: Judged = (True, "equal")
 _DIFFERENT: Judged = (False, "not equal")
 
+WALL_PER_LIMIT = 6  # wall seconds that an answer may take, for each processor second of its limit
 _ANSWERS_PER_CHILD = 20_000  # then it is forked anew: what libraries cache and leak stays bounded
 
 # Texts: what a person writes for what a LaTeX parser knows.
@@ -380,8 +381,10 @@ def _requests() -> Iterator[dict[str, Any]]:
 
 def _compare(request: dict[str, Any], time_limit_s: float) -> Judged:
     compare = compare_math if request["kind"] == "math" else score_reasoning_gym
-    # The default action of the signal ends the process, also inside a computation in C.
-    signal.setitimer(signal.ITIMER_REAL, time_limit_s)
+    # In seconds of the processor, so that a busy machine does not lose right answers; in wall seconds, should it sleep.
+    # The default action of these signals ends the process, also inside a computation in C.
+    signal.setitimer(signal.ITIMER_PROF, time_limit_s)
+    signal.setitimer(signal.ITIMER_REAL, WALL_PER_LIMIT * time_limit_s)
     try:
         return compare(request)
     except MemoryError:
@@ -393,12 +396,14 @@ def _compare(request: dict[str, Any], time_limit_s: float) -> Judged:
     except Exception as error:  # whatever a stranger's text provokes in a parser
         return None, f"{type(error).__name__} while comparing"
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
         signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
 def _answer_requests(replies: int, busy: mmap.mmap, time_limit_s: float, memory_limit_mb: int) -> int:
     """The child: compare until stdin closes (0) or it is time for a successor (1)."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     _limit_memory(memory_limit_mb)
     _forbid()
     for answered, request in enumerate(_requests()):
@@ -442,7 +447,7 @@ def main(kind: str, time_limit_s: float, memory_limit_mb: int) -> None:
             return
         if busy[0]:
             busy[0] = 0
-            late = code == -signal.SIGALRM
+            late = code in (-signal.SIGALRM, -signal.SIGPROF)
             reason = f"no verdict within {time_limit_s:g} s" if late else f"the worker process ended with {code}"
             os.write(replies, json.dumps({"correct": None, "reason": reason}).encode() + b"\n")
 

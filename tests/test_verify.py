@@ -103,7 +103,8 @@ def test_a_hostile_answer_costs_at_most_its_time_limit_and_is_never_right():
             started = time.monotonic()
             verdict = judge.one(problem("7"), rf"\boxed{{{text}}}")
             assert verdict.correct is not True, text
-            assert time.monotonic() - started < 1.0 + 0.75, text  # what the other processes of a machine may add
+            # The limit is of processor time: this is what a busy machine may make of it.
+            assert time.monotonic() - started < 6 * 1.0 + 1.0, text
         assert judge.one(problem("1/2"), r"\boxed{0.5}").correct is True
 
 
