@@ -39,6 +39,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_help.py
 	$(BIN)/python tests/benchmarks/bench_merge.py
 	$(BIN)/python tests/benchmarks/bench_round.py
+	$(BIN)/python tests/benchmarks/bench_verify.py
 
 clean:
 	rm -rf .venv runs recipes/*/data recipes/*/data.partial

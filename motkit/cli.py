@@ -76,6 +76,8 @@ def round_command(
         _print_plan(plan_rounds(loaded, folder, rounds=wanted), folder, as_json)
         return
     table = run_rounds(loaded, folder, rounds=wanted, progress=sys.stderr.isatty())
+    if not as_json:
+        _print_report(folder)
     _print_summary(table, folder, as_json)
 
 
@@ -118,6 +120,98 @@ def merge_command(
     )
 
 
+@main.command("verify")
+@click.argument("traces", type=click.Path(path_type=Path))
+@click.option("--problems", required=True, type=click.Path(path_type=Path), help="JSONL of the problems they answer.")
+@click.option("--verifier", default="math", show_default=True, help="math, exact, choice, reasoning_gym:<task>, none.")
+@click.option("--time-limit", "time_limit_s", default=5.0, show_default=True, help="Processor seconds for one answer.")
+@click.option("--workers", type=click.IntRange(min=1), help="Worker processes.  [default: one per core, at most 8]")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for every trace.")
+def verify_command(
+    traces: Path, problems: Path, verifier: str, time_limit_s: float, workers: int | None, as_json: bool
+) -> None:
+    """Say of every trace in TRACES (JSONL) whether its answer is right.
+
+    A problem's own 'verifier' goes before --verifier. An answer that cannot be judged (cut off, no end of its
+    reasoning, too hard to compare in time) is neither right nor wrong: null.
+    """
+    import json
+    from collections import Counter
+
+    from tqdm import tqdm
+
+    from motkit.traces import read_problems, stream_traces
+    from motkit.verify import Verifier
+
+    known = read_problems(problems)
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    with Verifier(verifier, workers=workers, time_limit_s=time_limit_s) as judge:
+        judged = judge.judge(stream_traces(traces, known), known)
+        for trace, verdict in tqdm(judged, unit="trace", file=sys.stderr, disable=not sys.stderr.isatty(), leave=False):
+            counts[{True: "right", False: "wrong", None: "unverifiable"}[verdict.correct]] += 1
+            if verdict.correct is not True:
+                reasons[verdict.reason if len(reasons) < 1000 else "other reasons"] += 1
+            if as_json:
+                fields = {"problem_id": trace.problem_id, "sample": trace.sample, "correct": verdict.correct}
+                line = {**fields, "extracted": verdict.extracted, "reason": verdict.reason}
+                click.echo(json.dumps(line, ensure_ascii=False))
+    if as_json:
+        return
+    total = counts.total()
+    rows = [[name, _count(counts[name]), f"{counts[name] / total:.1%}"] for name in ("right", "wrong", "unverifiable")]
+    rows += [
+        [f"  {_printable(reason)}", _count(count), f"{count / total:.1%}"] for reason, count in reasons.most_common(10)
+    ]
+    _print_table(f"{traces}: {total:,} traces, verifier {verifier}", ["verdict", "traces", "share"], rows)
+
+
+@main.command("import")
+@click.argument("source")
+@click.option("--to", "out", required=True, type=click.Path(path_type=Path), help="JSONL to write.")
+@click.option("--kind", type=click.Choice(["traces", "problems"]), default="traces", show_default=True)
+@click.option("--columns", "columns", multiple=True, metavar="KEY=COLUMN", help="Where KEY is found; repeat it.")
+@click.option(
+    "--problems", type=click.Path(path_type=Path), help="JSONL of our problems: traces of others are left out."
+)
+@click.option("--count", type=click.IntRange(min=1), help="With --kind problems: a random subset of this many.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the subset.")
+def import_command(
+    source: str,
+    out: Path,
+    kind: str,
+    columns: Sequence[str],
+    problems: Path | None,
+    count: int | None,
+    seed: int,
+) -> None:
+    """Write traces or problems of SOURCE as ours.
+
+    SOURCE is a JSONL file or a dataset of the hub (hf://owner/name[/config][:split]), in messages, prompt/completion or
+    ShareGPT form. KEYs for traces: id, sample, messages, conversations, prompt, response, reasoning, finish_reason; for
+    problems: id, messages, conversations, prompt, answer, verifier, metadata.
+    """
+    from motkit import importing, traces
+
+    mapping = {}
+    for pair in columns:
+        key, equals, column = pair.partition("=")
+        if not equals or not key or not column:
+            raise UserError(f"--columns {pair!r}: expected KEY=COLUMN, such as id=problem_id")
+        mapping[key] = column
+    if out.exists():
+        raise UserError(f"{out}: exists already; delete it or name another file")
+    if kind == "problems":
+        found = {problem.id: problem for problem in importing.import_problems(source, mapping)}
+        if count is not None:
+            found = traces.sample_problems(found, count, seed)
+        written = traces.write_jsonl(out, found.values())
+    else:
+        known = traces.read_problems(problems) if problems else None
+        written = traces.write_jsonl(out, importing.import_traces(source, mapping, known))
+    click.echo(f"{out}: {written:,} {kind} written")
+
+
 @main.command("status")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
@@ -125,7 +219,10 @@ def status_command(run: Path, as_json: bool) -> None:
     """Table what the run directory RUN holds: each branch and merge, its cost and its scores."""
     from motkit.summary import summarise
 
-    _print_summary(summarise(run), run, as_json)
+    table = summarise(run)
+    if not as_json:
+        _print_report(run)
+    _print_summary(table, run, as_json)
 
 
 @main.group("recipes", invoke_without_command=True)
@@ -214,6 +311,16 @@ def _print_summary(table: "pandas.DataFrame", folder: Path, as_json: bool) -> No
     )
 
 
+def _print_report(folder: Path) -> None:
+    """Table what the filter kept of each teacher, if it has run."""
+    from motkit.filter import REPORT_HEADINGS, report_rows
+    from motkit.rundir import RunDir, read_json
+
+    report = read_json(RunDir(folder).traces / "report.json")
+    if report:
+        _print_table(f"{folder}: traces", REPORT_HEADINGS, report_rows(report))
+
+
 def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], bold: str = "") -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -221,7 +328,7 @@ def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[st
 
     console = Console(file=sys.stdout)
     if not console.is_terminal:
-        console = Console(file=sys.stdout, width=120)
+        console = Console(file=sys.stdout, width=160)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     used = [number for number in range(len(headings)) if any(row[number] for row in rows)]
     for number in used:
@@ -230,6 +337,11 @@ def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[st
         table.add_row(*(row[number] for number in used), style="bold" if bold and bold in row else "")
     click.echo(title)
     console.print(table)
+
+
+def _printable(text: str) -> str:
+    """A stranger's text in one line of a terminal: no control characters, no markup of rich's."""
+    return "".join(char if char.isprintable() else " " for char in text)[:80].replace("[", "\\[")
 
 
 def _known(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A checkpoint's scores: exact-answer accuracy on held-out problems, mean loss on held-out traces."""
+"""A checkpoint's scores: accuracy on held-out problems, mean loss on held-out traces."""
 
 import math
 import sys
@@ -26,7 +26,7 @@ def evaluate_checkpoint(
     problems: Mapping[str, SeedProblem],
     heldout: Mapping[str, Sequence[RenderedTrace]],
     generate: Callable[..., Any],
-    verify: Callable[[str, str], Any],
+    verify: Callable[[Sequence[tuple[SeedProblem, str]]], Sequence[Any]],
     seed: int,
     name: str,
     progress: bool = True,
@@ -37,12 +37,13 @@ def evaluate_checkpoint(
         problems: held-out problems; empty for none.
         heldout: sets of rendered held-out traces, by name.
         generate: `motkit.generate.generate_texts` or its like.
-        verify: (response, answer) → verdict with ``correct``.
+        verify: (problem, response) pairs → verdicts with ``correct``; the responses are finished and hold no reasoning.
         name: for progress and messages.
 
     Returns:
         ``accuracy`` (mean over problems and samples) and its ``standard_error`` over problems, ``problems``,
-        ``samples``, ``truncated`` (share of generations that hit the limit; they count as wrong), ``mean_tokens``;
+        ``samples``, ``truncated`` and ``unverifiable`` (shares of generations that hit the limit, and whose answer
+        cannot be judged; they count as wrong), ``mean_tokens``;
         ``heldout_loss`` (nats per trace token, over all sets) and ``heldout_loss_by_set``; ``seconds``.
 
     Raises:
@@ -90,14 +91,18 @@ def evaluate_checkpoint(
                 seed=seed,
                 on_batch=bar.update,
             )
-        shares = []
-        for problem, answers in zip(asked, generations, strict=True):
-            prompt = renderer.prompt(problem)
-            right = 0
+        graded: list[tuple[int, str]] = []  # (number of the problem, response)
+        for number, answers in enumerate(generations):
+            prompt = renderer.prompt(asked[number])
             for answer in answers:
                 parts = renderer.parse(prompt, answer.text) if answer.finish_reason == "stop" else None
-                right += parts is not None and verify(parts[1], problem.answer).correct
-            shares.append(right / len(answers))
+                if parts is not None:
+                    graded.append((number, parts[1]))
+        verdicts = verify([(asked[number], response) for number, response in graded])
+        right = [0] * len(asked)
+        for (number, _), verdict in zip(graded, verdicts, strict=True):
+            right[number] += verdict.correct is True
+        shares = [count / len(answers) for count, answers in zip(right, generations, strict=True)]
         flat = [answer for answers in generations for answer in answers]
         accuracy = sum(shares) / len(shares)
         variance = sum((share - accuracy) ** 2 for share in shares) / max(len(shares) - 1, 1)
@@ -107,6 +112,7 @@ def evaluate_checkpoint(
             "problems": len(asked),
             "samples": settings.samples,
             "truncated": sum(answer.finish_reason == "length" for answer in flat) / len(flat),
+            "unverifiable": sum(verdict.correct is None for verdict in verdicts) / len(flat),
             "mean_tokens": sum(answer.num_tokens for answer in flat) / len(flat),
         }
     scores["seconds"] = round(time.perf_counter() - started, 3)

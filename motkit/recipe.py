@@ -21,8 +21,11 @@ from yaml import YAMLError
 
 from motkit.bundle import bundled_files
 from motkit.errors import UserError
+from motkit.importing import columns_fault, is_hub_source
+from motkit.traces import verifier_fault
 
 _NAME = r"^[a-z0-9][a-z0-9._-]*$"
+Value = typing.TypeVar("Value")
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 # SFTConfig fields that the loop itself decides, with where to say it instead.
@@ -58,7 +61,8 @@ class Teacher(_Section):
     """A teacher, known here by the traces it wrote."""
 
     name: str = Field(pattern=_NAME, description="becomes a folder: lower-case letters, digits, '.', '_', '-'")
-    traces: str = Field(min_length=1, description="JSONL of traces")
+    traces: str = Field(min_length=1, description="JSONL of traces, or hf://owner/name of the hub")
+    columns: dict[str, str] = Field(default_factory=dict, description="what we need → the source's column")
 
     @field_validator("name")
     @classmethod
@@ -67,13 +71,46 @@ class Teacher(_Section):
             raise ValueError(f"'{name}' is a name that the run directory uses itself")
         return name
 
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        return _without_fault(columns, columns_fault(columns, "traces"))
+
+
+class ProblemSample(_Section):
+    """A random subset of the problems, the same for the same seed."""
+
+    count: int = Field(ge=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class ProblemSource(_Section):
+    """Seed problems that are not simply a file of ours: a hub dataset, other columns, a subset."""
+
+    path: str = Field(min_length=1, description="JSONL of problems, or hf://owner/name of the hub")
+    columns: dict[str, str] = Field(default_factory=dict, description="what we need → the source's column")
+    sample: ProblemSample | None = None
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        return _without_fault(columns, columns_fault(columns, "problems"))
+
 
 class TraceFilter(_Section):
     """Which of a teacher's traces are trained on."""
 
-    verifier: Literal["exact", "none"] = "exact"
+    verifier: str = Field(default="math", description="motkit.verify; a problem's own goes first, unless 'none'")
     keep_per_problem: int = Field(default=1, ge=1)
+    keep: Literal["first", "shortest", "random"] = "first"
     over_long: Literal["drop", "error"] = "drop"
+    min_per_teacher: int = Field(default=1, ge=1)
+
+    @field_validator("verifier", mode="before")
+    @classmethod
+    def _known_verifier(cls, verifier: Any) -> Any:
+        verifier = "none" if verifier is None else verifier  # YAML: 'verifier: null'
+        return _without_fault(verifier, verifier_fault(verifier) if isinstance(verifier, str) else None)
 
 
 class Precision(_Section):
@@ -92,9 +129,10 @@ class Sampling(_Section):
 
 
 class Evaluation(_Section):
-    """Held-out problems (exact-answer accuracy) and held-out traces (mean loss), scored after every round."""
+    """Held-out problems (accuracy) and held-out traces (mean loss), scored after every round."""
 
     problems: str | None = None
+    verifier: str | None = Field(default=None, description="default: the filter's, or 'math' if that is 'none'")
     traces: dict[str, str] = Field(default_factory=dict, description="name of a set of traces → JSONL")
     samples: int = Field(default=1, ge=1)
     sampling: Sampling = Sampling()
@@ -106,6 +144,13 @@ class Evaluation(_Section):
         if isinstance(value, dict) and isinstance(value.get("traces"), str):
             return {**value, "traces": {"heldout": value["traces"]}}
         return value
+
+    @field_validator("verifier")
+    @classmethod
+    def _known_verifier(cls, verifier: str | None) -> str | None:
+        if verifier == "none":
+            raise ValueError("'none' would score every answer as right; name a verifier that judges")
+        return _without_fault(verifier, verifier and verifier_fault(verifier))
 
     @model_validator(mode="after")
     def _something_to_do(self) -> "Evaluation":
@@ -122,7 +167,7 @@ class Recipe(_Section):
     """A whole experiment. Every path in it is absolute once loaded."""
 
     student: str = Field(min_length=1, description="a checkpoint folder or a hub id")
-    problems: str = Field(min_length=1)
+    problems: str | ProblemSource = Field(description="JSONL of problems, or a mapping with 'path'")
     teachers: tuple[Teacher, ...] = Field(min_length=1)
     filter: TraceFilter = TraceFilter()
     branches: Literal["per_teacher", "union"] = "per_teacher"
@@ -141,6 +186,24 @@ class Recipe(_Section):
             raise ValueError(f"teachers: the name {', '.join(twice)} is used more than once")
         return self
 
+    @field_validator("problems")
+    @classmethod
+    def _a_source(cls, problems: str | ProblemSource) -> str | ProblemSource:
+        if problems == "":
+            raise ValueError("empty; give the path of a JSONL file")
+        return problems
+
+    @property
+    def problem_source(self) -> ProblemSource:
+        """``problems`` in the long form."""
+        return ProblemSource(path=self.problems) if isinstance(self.problems, str) else self.problems
+
+    @property
+    def evaluation_verifier(self) -> str:
+        """What judges the student's answers: the same as the teachers', unless that is ``none``."""
+        own = self.evaluate.verifier if self.evaluate else None
+        return own or (self.filter.verifier if self.filter.verifier != "none" else "math")
+
     @property
     def branch_names(self) -> tuple[str, ...]:
         """Names of the branches of a round: one per teacher, or ``union``."""
@@ -158,6 +221,12 @@ class Recipe(_Section):
             for key in sorted(ours.keys() | theirs.keys())
             if ours.get(key) != theirs.get(key)
         ]
+
+
+def _without_fault(value: Value, fault: str | None) -> Value:
+    if fault:
+        raise ValueError(fault)
+    return value
 
 
 def recipe_path(recipe: str | Path) -> Path:
@@ -275,7 +344,9 @@ def _fits(kind: Any, value: Any) -> bool:
 
 
 def _is_path_key(key: str) -> bool:
-    return bool(re.fullmatch(r"student|problems|merge|teachers\.\d+\.traces|evaluate\.(problems|traces(\..+)?)", key))
+    return bool(
+        re.fullmatch(r"student|problems(\.path)?|merge|teachers\.\d+\.traces|evaluate\.(problems|traces(\..+)?)", key)
+    )
 
 
 def _resolve_path(key: str, value: str, folder: Path) -> str:
@@ -283,6 +354,8 @@ def _resolve_path(key: str, value: str, folder: Path) -> str:
     resolved = path if path.is_absolute() else folder / path
     if key == "merge" and not resolved.is_file():
         return value  # the bare name of a merge config
+    if is_hub_source(value):
+        return value
     if key == "student" and not resolved.exists() and _HUB_ID.match(value) and not (folder / "make_data.py").is_file():
         return value  # a hub id
     return str(resolved.resolve())
@@ -351,7 +424,7 @@ def _section_fields(location: Sequence[str | int]) -> list[str]:
 
 
 def _describe(fault: Any, values: dict[str, Any]) -> str:
-    location = [part for part in fault["loc"] if part not in {"str", "dict[str,any]"}]
+    location = [part for part in fault["loc"] if part not in {"str", "dict[str,any]", "ProblemSource"}]
     where = ".".join(f"[{part}]" if isinstance(part, int) else str(part) for part in location).replace(".[", "[")
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(str(location[-1]), _section_fields(location[:-1]))}"
@@ -370,7 +443,7 @@ def _missing_files(values: dict[str, Any], path: Path) -> list[str]:
     faults = []
     for key, holder, name in _leaves(values):
         value = holder[name]
-        if not _is_path_key(key) or key == "merge" or not isinstance(value, str):
+        if not _is_path_key(key) or key == "merge" or not isinstance(value, str) or is_hub_source(value):
             continue
         file = Path(value)
         where = re.sub(r"\.(\d+)", r"[\1]", key)

@@ -19,14 +19,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from motkit import checkpoint as checkpoints
-from motkit import evaluate, generate, merge, publish, rundir, train, verify
+from motkit import evaluate, generate, importing, merge, publish, rundir, train
 from motkit.errors import UserError
-from motkit.filter import PreparedTraces, filter_traces
-from motkit.recipe import Recipe, missing_data_remedy
+from motkit.filter import LOSSES, PreparedTraces, filter_traces
+from motkit.recipe import Recipe, Teacher, missing_data_remedy
 from motkit.render import RenderedTrace, Renderer, UnfitTrace
 from motkit.rundir import RunDir
 from motkit.summary import load_recorded_recipe, scores_markdown, summarise
-from motkit.traces import SeedProblem, read_problems, read_traces, to_jsonl
+from motkit.traces import (
+    SeedProblem,
+    Trace,
+    read_problems,
+    read_traces,
+    sample_problems,
+    stream_traces,
+    to_jsonl,
+    write_jsonl,
+)
+from motkit.verify import Answer, Verdict, Verifier
 
 if TYPE_CHECKING:
     import pandas
@@ -40,6 +50,7 @@ _PACKAGES = (
     "safetensors",
     "accelerate",
     "datasets",
+    "math-verify",
     "tokenizers",
     "numpy",
     "pandas",
@@ -84,8 +95,14 @@ def run_rounds(
         UserError: anything that the user can mend; what was published before stays.
     """
     folder = RunDir(Path(run).resolve())
-    with folder.hold(), _logging(folder, say) as say, rundir.storage_errors(folder.root):
+    with (
+        folder.hold(),
+        _logging(folder, say) as say,
+        rundir.storage_errors(folder.root),
+        contextlib.ExitStack() as stack,
+    ):
         now = _Run(folder, recipe, say, progress)
+        stack.callback(now.close)
         now.open()
         rows = now.prepare_traces()
         student = now.student
@@ -131,8 +148,10 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
     now = _Run(folder, recipe, lambda line: None, progress=False)
     now.resolve()
     now.compare_recipe()
-    prepared = now.filtered()
-    report = prepared.report
+    try:
+        report = now.prepared_before() or now.filtered().report
+    finally:
+        now.close()
     steps, size = recipe.train["max_steps"], now.parameters * 4
     plan = [
         StagePlan(
@@ -205,9 +224,11 @@ class _Run:
     say: Say
     progress: bool
     problems: dict[str, SeedProblem] = field(default_factory=dict)
+    all_problems: dict[str, SeedProblem] = field(default_factory=dict)  # also those that 'sample' leaves out
     evaluation_problems: dict[str, SeedProblem] = field(default_factory=dict)
     heldout: dict[str, list[RenderedTrace]] = field(default_factory=dict)
     made_here: set[Path] = field(default_factory=set)
+    verifiers: dict[str, Verifier] = field(default_factory=dict)
 
     # Opening a run
 
@@ -219,7 +240,9 @@ class _Run:
         self.merge_config = merge.load_merge_config(self.recipe.merge)
         merge.check_merge_config(self.merge_config, num_branches=len(self.recipe.branch_names))
         self.recipe = self.recipe.model_copy(update={"merge": self.merge_config})
-        self.problems = read_problems(Path(self.recipe.problems))
+        self.all_problems = self._read_problems()
+        sample = self.recipe.problem_source.sample
+        self.problems = sample_problems(self.all_problems, sample.count, sample.seed) if sample else self.all_problems
         self.tokenizer = checkpoints.load_tokenizer(self.student_path)
         ends = checkpoints.end_token_ids(self.student_path, self.tokenizer)
         self.renderer = Renderer(self.tokenizer, ends)
@@ -252,8 +275,11 @@ class _Run:
         if not self.folder.recipe.is_file():
             rundir.write_text(self.folder.recipe, self.recipe.to_yaml())
         self._open_environment()
-        files = {"problems": Path(self.recipe.problems)}
-        files |= {f"teachers.{teacher.name}.traces": Path(teacher.traces) for teacher in self.recipe.teachers}
+        self._fetch_sources()
+        files = {"problems": self._source_file("problems", self.recipe.problem_source.path)}
+        for teacher in self.recipe.teachers:
+            key = f"teachers.{teacher.name}.traces"
+            files[key] = self._source_file(key, teacher.traces)
         if self.recipe.evaluate:
             files |= {f"evaluate.traces.{name}": Path(file) for name, file in self.recipe.evaluate.traces.items()}
             if self.recipe.evaluate.problems:
@@ -295,41 +321,99 @@ class _Run:
                 "differ in its last bits from what an uninterrupted run makes"
             )
 
+    # Sources of problems and traces
+
+    def _source_file(self, key: str, source: str) -> Path:
+        """The file behind a source; a dataset of the hub is imported once, into the run's folder."""
+        return self.folder.root / "sources" / f"{key}.jsonl" if importing.is_hub_source(source) else Path(source)
+
+    def _fetch_sources(self) -> None:
+        """Import what comes from the hub, so that the run is made from files that stay as they are."""
+        source = self.recipe.problem_source
+        if importing.is_hub_source(source.path):
+            file = self._source_file("problems", source.path)
+            if not file.is_file():
+                write_jsonl(file, self.all_problems.values())
+        for teacher in self.recipe.teachers:
+            file = self._source_file(f"teachers.{teacher.name}.traces", teacher.traces)
+            if importing.is_hub_source(teacher.traces) and not file.is_file():
+                write_jsonl(file, importing.import_traces(teacher.traces, teacher.columns, self.all_problems))
+
+    def _read_problems(self) -> dict[str, SeedProblem]:
+        source = self.recipe.problem_source
+        file = self._source_file("problems", source.path)
+        fetched = importing.is_hub_source(source.path) and file.is_file()
+        if fetched or not (source.columns or importing.is_hub_source(source.path)):
+            return read_problems(file)
+        return {problem.id: problem for problem in importing.import_problems(source.path, source.columns)}
+
+    def _stream_traces(self, teacher: Teacher) -> Iterator[Trace]:
+        file = self._source_file(f"teachers.{teacher.name}.traces", teacher.traces)
+        fetched = importing.is_hub_source(teacher.traces) and file.is_file()
+        if fetched or not (teacher.columns or importing.is_hub_source(teacher.traces)):
+            traces = stream_traces(file, self.all_problems)
+        else:
+            traces = importing.import_traces(teacher.traces, teacher.columns, self.all_problems)
+        return (trace for trace in traces if trace.problem_id in self.problems)
+
+    def verifier(self, name: str) -> Verifier:
+        """The verifier of a name, with its worker processes, for as long as this run is held."""
+        if name not in self.verifiers:
+            self.verifiers[name] = Verifier(name)
+        return self.verifiers[name]
+
+    def close(self) -> None:
+        """End the verifiers' processes."""
+        for verifier in self.verifiers.values():
+            verifier.close()
+
     # Stages
 
     def filtered(self) -> PreparedTraces:
         """Read and filter every teacher's traces."""
-        read = {teacher.name: read_traces(Path(teacher.traces), self.problems) for teacher in self.recipe.teachers}
+        verifier = self.verifier(self.recipe.filter.verifier)
         return filter_traces(
-            read,
+            {teacher.name: self._stream_traces(teacher) for teacher in self.recipe.teachers},
             problems=self.problems,
             settings=self.recipe.filter,
             max_length=self.recipe.train.get("max_length", 1024),  # SFTConfig's own default
             renderer=self.renderer,
-            verify=verify.verify_exact,
+            judge=lambda traces: verifier.judge(traces, self.problems),
+            seed=self.recipe.seed,
         )
+
+    def prepared_before(self) -> dict[str, Any]:
+        """The report of the stage ``traces`` if it is done; else empty."""
+        return rundir.read_json(self.folder.traces / "report.json") if rundir.read_done(self.folder.traces) else {}
 
     def prepare_traces(self) -> dict[str, list[RenderedTrace]]:
         """Stage ``traces``: the kept traces of each teacher, and the report. Returns each branch's rows."""
-        prepared = self.filtered()
         inputs = {
             "hashes": {key: entry["sha256"] for key, entry in self.input_hashes.items() if "evaluate" not in key},
             "filter": self.recipe.filter.model_dump(),
             "max_length": self.recipe.train.get("max_length", 1024),
+            "seed": self.recipe.seed,
         }
+        sample = self.recipe.problem_source.sample
+        inputs |= {"sample": sample.model_dump()} if sample else {}
         folder = self.folder.traces
-        if self._done(folder, inputs) is None:
+        if self._done(folder, inputs) is not None:
+            # What was kept then is what is trained on now: an answer that took too long to judge may not do so again.
+            kept = {name: read_traces(folder / f"{name}.jsonl", self.problems) for name in self.prepared_before()}
+            rendered = {
+                name: [self.renderer.render(self.problems[trace.problem_id], trace) for trace in traces]
+                for name, traces in kept.items()
+            }
+            prepared = PreparedTraces(kept, rendered, self.prepared_before())
+        else:
+            prepared = self.filtered()
             with rundir.publish(folder) as partial:
                 for name, traces in prepared.kept.items():
                     rundir.write_text(partial / f"{name}.jsonl", to_jsonl(traces))
                 rundir.write_json(partial / "report.json", prepared.report)
                 rundir.write_done(partial, inputs)
         for name, counts in prepared.report.items():
-            lost = ", ".join(
-                f"{counts[key]} {key.replace('_', '-')}"
-                for key in ("truncated", "wrong", "unfit", "over_long", "surplus")
-                if counts[key]
-            )
+            lost = ", ".join(f"{counts[key]} {key.replace('_', '-')}" for key in LOSSES if counts[key])
             self.say(
                 f"traces {name}: {counts['kept']} of {counts['read']} kept" + (f" (dropped: {lost})" if lost else "")
             )
@@ -439,13 +523,17 @@ class _Run:
                 problems=self.evaluation_problems,
                 heldout=self.heldout,
                 generate=generate.generate_texts,
-                verify=verify.verify_exact,
+                verify=self._judge_student,
                 seed=self.recipe.seed,
                 name=f"round {number} {name}",
                 progress=self.progress,
             )
             entries[name] = {"inputs": inputs, "scores": scores}
             rundir.write_json(file, entries)
+
+    def _judge_student(self, pairs: Sequence[tuple[SeedProblem, str]]) -> list[Verdict]:
+        verifier = self.verifier(self.recipe.evaluation_verifier)
+        return verifier.many(Answer(problem, response) for problem, response in pairs)
 
     def publish(self, number: int, student: Model) -> None:
         """Stage ``round_NN/published``: the student in ``precision.publish`` with its card; ``final`` points to it."""
@@ -527,6 +615,7 @@ class _Run:
         assert self.recipe.evaluate is not None
         settings = self.recipe.evaluate.model_dump(mode="json", exclude={"problems", "traces"})
         hashes = {key: entry["sha256"] for key, entry in self.input_hashes.items() if key.startswith("evaluate")}
+        settings["verifier"] = self.recipe.evaluation_verifier
         return {"checkpoint": model.digest, "settings": settings, "files": hashes}
 
     def _say_stage(self, path: Path, what: str) -> None:

@@ -9,6 +9,7 @@ problems: problems.jsonl
 teachers:
   - {name: plain, traces: plain.jsonl}
   - {name: wordy, traces: wordy.jsonl}
+filter: {verifier: exact}
 rounds: 2
 train: {max_steps: 4, per_device_train_batch_size: 4, learning_rate: 1e-3, max_length: 96, save_steps: 2,
         gradient_checkpointing: false}

@@ -116,6 +116,59 @@ def test_settings_that_contradict_each_other_are_refused(write, change, says):
     assert says in "\n".join(faults(write(MINIMAL + change)))
 
 
+def test_problems_may_be_a_mapping(write, tmp_path):
+    source = "problems: {path: problems.jsonl, columns: {prompt: question}, sample: {count: 200, seed: 0}}"
+    recipe = load_recipe(write(MINIMAL.replace("problems: problems.jsonl", source)))
+    assert recipe.problem_source.path == str(tmp_path / "problems.jsonl")
+    assert recipe.problem_source.sample.count == 200
+    assert load_recipe(write()).problem_source.path == str(tmp_path / "problems.jsonl")
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    assert load_recipe(tmp_path / "again.yaml", ["problems.sample.count=9"]).problem_source.sample.count == 9
+
+
+def test_a_dataset_of_the_hub_is_no_path(write):
+    text = MINIMAL.replace("plain.jsonl", "hf://open-r1/traces/math:train, columns: {id: uuid}")
+    recipe = load_recipe(write(text.replace("problems: problems.jsonl", "problems: hf://a/b")))
+    assert recipe.teachers[0].traces == "hf://open-r1/traces/math:train"
+    assert recipe.problems == "hf://a/b"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("filter: {verifier: maths}", "filter.verifier: got 'maths', expected one of math"),
+        ("filter: {verifier: python}", "filter.verifier: 'python' is not available in this version"),
+        ("filter: {keep: best}", "filter.keep: got 'best'"),
+        ("filter: {min_per_teacher: 0}", "filter.min_per_teacher: got 0"),
+        ("evaluate: {problems: problems.jsonl, verifier: none}", "evaluate.verifier: 'none' would score every answer"),
+        ("evaluate: {problems: problems.jsonl, verifier: exat}", "evaluate.verifier: got 'exat'"),
+    ],
+)
+def test_a_filter_that_does_not_exist_is_refused(write, change, says):
+    assert says in "\n".join(faults(write(MINIMAL + change)))
+
+
+def test_faults_of_sources_name_their_place(write):
+    text = MINIMAL.replace("problems: problems.jsonl", "problems: {path: gone.jsonl, colums: {}, columns: {promt: q}}")
+    found = "\n".join(faults(write(text.replace("traces: plain.jsonl", "traces: plain.jsonl, columns: {idd: x}"))))
+    for expected in (
+        "problems.path: file not found: ",
+        "problems.colums: unknown key; did you mean 'columns'?",
+        "problems.columns: columns: unknown promt; a mapping for problems may name id",
+        "teachers[0].columns: columns: unknown idd; a mapping for traces may name id",
+    ):
+        assert expected in found, found
+
+
+def test_the_student_is_judged_like_the_teachers_unless_nothing_is_verified(write):
+    path = write(MINIMAL + "filter: {verifier: choice}\nevaluate: {problems: problems.jsonl}\n")
+    assert load_recipe(path).evaluation_verifier == "choice"
+    assert load_recipe(path, ["filter.verifier=none"]).evaluation_verifier == "math"
+    assert load_recipe(path, ["filter.verifier=null"]).filter.verifier == "none"
+    assert load_recipe(path, ["evaluate.verifier=exact"]).evaluation_verifier == "exact"
+
+
 def test_two_teachers_of_one_name_are_refused(write):
     assert "plain is used more than once" in "\n".join(faults(write(MINIMAL.replace("name: steps", "name: plain"))))
 

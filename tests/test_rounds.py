@@ -264,6 +264,48 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(whole, tmp_path):
     assert weights(tmp_path / "run") == weights(folder)
 
 
+def test_other_peoples_files_are_read_where_they_are(tmp_path, make_pico):
+    recipe = write_experiment(tmp_path, make_pico)
+    rows = [json.loads(line) for line in (tmp_path / "plain.jsonl").read_text().splitlines()]
+    turns = [
+        [{"from": "human", "value": f"{n}+2?"}, {"from": "gpt", "value": f"<think>so</think>{row['response']}"}]
+        for n, row in enumerate(rows)
+    ]
+    (tmp_path / "theirs.jsonl").write_text("".join(json.dumps({"chat": turn}) + "\n" for turn in turns))
+    text = recipe.read_text().replace("traces: plain.jsonl}", "traces: theirs.jsonl, columns: {conversations: chat}}")
+    text = text.replace("problems: problems.jsonl\n", "problems: {path: problems.jsonl, sample: {count: 6, seed: 1}}\n")
+    recipe.write_text(text.replace("verifier: exact", "verifier: math"))
+    plan = plan_rounds(motkit.load_recipe(recipe), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    _, said = run(recipe, tmp_path / "run", "evaluate=null", rounds=1)
+    assert "traces plain: 6 of 6 kept" in said
+    kept = (tmp_path / "run/traces/plain.jsonl").read_text().splitlines()
+    assert {json.loads(line)["reasoning"] for line in kept} == {"so"}
+    report = json.loads((tmp_path / "run/traces/report.json").read_text())
+    assert plan[0].rows == report["plain"]["kept"] + report["wordy"]["kept"]
+    _, again = run(recipe, tmp_path / "run", "evaluate=null", rounds=1)
+    assert "traces: is done" in again
+
+
+def test_a_dataset_of_the_hub_is_fetched_once(tmp_path, make_pico, monkeypatch):
+    import datasets
+
+    recipe = write_experiment(tmp_path, make_pico)
+    rows = [json.loads(line) for line in (tmp_path / "plain.jsonl").read_text().splitlines()]
+    fetched = []
+
+    def load_dataset(name, config, split):
+        fetched.append(name)
+        return datasets.Dataset.from_list(rows)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    changes = ["evaluate=null", "teachers.0.traces=hf://a/b"]
+    run(recipe, tmp_path / "run", *changes, rounds=1)
+    assert (tmp_path / "run/sources/teachers.plain.traces.jsonl").is_file()
+    run(recipe, tmp_path / "run", *changes, rounds=1)
+    assert fetched == ["a/b"]
+
+
 @pytest.mark.slow
 def test_a_union_of_teachers_is_one_branch(tmp_path, make_pico):
     recipe = write_experiment(tmp_path, make_pico, RECIPE.replace("merge: mot", "merge: mot\nbranches: union"))

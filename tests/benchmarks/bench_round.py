@@ -36,6 +36,7 @@ def make_experiment(folder: Path) -> Path:
     (folder / "bench.yaml").write_text(
         "student: student\nproblems: problems.jsonl\n"
         "teachers: [{name: a, traces: a.jsonl}, {name: b, traces: b.jsonl}]\n"
+        "filter: {verifier: exact}\n"
         "rounds: 1\ntrain: {max_steps: 20, per_device_train_batch_size: 8, learning_rate: 1e-4, max_length: 512}\n"
     )
     return folder / "bench.yaml"
