@@ -22,11 +22,11 @@ from motkit import checkpoint as checkpoints
 from motkit import evaluate, generate, merge, publish, rundir, train, verify
 from motkit.errors import UserError
 from motkit.filter import PreparedTraces, filter_traces
-from motkit.recipe import Recipe, missing_data_remedy
+from motkit.recipe import Recipe, Teacher, missing_data_remedy
 from motkit.render import RenderedTrace, Renderer, UnfitTrace
 from motkit.rundir import RunDir
 from motkit.summary import load_recorded_recipe, scores_markdown, summarise
-from motkit.traces import SeedProblem, read_problems, read_traces, to_jsonl
+from motkit.traces import SeedProblem, Trace, read_problems, read_traces, to_jsonl
 
 if TYPE_CHECKING:
     import pandas
@@ -249,11 +249,15 @@ class _Run:
         """Resolve the recipe; record it, the environment and the input files, or compare them with the records."""
         self.resolve()
         self.compare_recipe()
+        for teacher in self.recipe.teachers:
+            if teacher.model is not None:
+                self.read_teacher(teacher)  # complete, before anything is recorded
         if not self.folder.recipe.is_file():
             rundir.write_text(self.folder.recipe, self.recipe.to_yaml())
         self._open_environment()
         files = {"problems": Path(self.recipe.problems)}
-        files |= {f"teachers.{teacher.name}.traces": Path(teacher.traces) for teacher in self.recipe.teachers}
+        for teacher in self.recipe.teachers:
+            files[f"teachers.{teacher.name}.traces"] = Path(teacher.traces or self.folder.generated(teacher.name))
         if self.recipe.evaluate:
             files |= {f"evaluate.traces.{name}": Path(file) for name, file in self.recipe.evaluate.traces.items()}
             if self.recipe.evaluate.problems:
@@ -297,9 +301,15 @@ class _Run:
 
     # Stages
 
+    def read_teacher(self, teacher: Teacher) -> list[Trace]:
+        """A teacher's traces: its file, or what `motkit generate` has asked of it in this run."""
+        if teacher.traces is None:
+            return generate.generated_traces(self.recipe, self.folder, teacher, self.problems)
+        return read_traces(Path(teacher.traces), self.problems)
+
     def filtered(self) -> PreparedTraces:
         """Read and filter every teacher's traces."""
-        read = {teacher.name: read_traces(Path(teacher.traces), self.problems) for teacher in self.recipe.teachers}
+        read = {teacher.name: self.read_teacher(teacher) for teacher in self.recipe.teachers}
         return filter_traces(
             read,
             problems=self.problems,
@@ -630,11 +640,11 @@ def _read_text(path: Path) -> str | None:
 
 
 def _without_folders(recipe: Recipe) -> Recipe:
-    """The recipe for a public card: file names without the folders of the machine that ran it."""
+    """The recipe for a public card: file names without the folders of the machine that ran it, no private address."""
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: strip(inner) for key, inner in value.items()}
+            return {key: "http://127.0.0.1/v1" if key == "base_url" else strip(inner) for key, inner in value.items()}
         if isinstance(value, list):
             return [strip(inner) for inner in value]
         return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
