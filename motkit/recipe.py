@@ -453,7 +453,7 @@ def _resolve_path(key: str, value: str, folder: Path) -> str:
         # Not resolved: the interpreter of a virtual environment is a link, and knows by its place where it is.
         return os.path.abspath(resolved)
     made_here = value.startswith("data/") and (folder / "make_data.py").is_file()
-    if _is_model_key(key) and not resolved.exists() and _HUB_ID.match(value) and not made_here:
+    if _is_model_key(key) and not (resolved.exists() or made_here or value.startswith(".")) and _HUB_ID.match(value):
         return value  # a hub id, or the name of a model at an endpoint
     return str(resolved.resolve())
 

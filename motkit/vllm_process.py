@@ -199,6 +199,6 @@ def _is_healthy(url: str) -> bool:
 def _last_words(log: Path) -> str:
     """The last line of a log that looks like an error, and where the rest is."""
     lines = [line.strip() for line in log.read_bytes()[-100_000:].decode("utf-8", "replace").splitlines()]
-    errors = [line for line in lines if "Error" in line and "raise " not in line]
+    errors = [line for line in lines if "Error: " in line and "See stack trace" not in line]
     said = (errors or [line for line in lines if line] or ["nothing was printed"])[-1]
     return f"it said: {said[-300:]!r}; all of it: {log}"
