@@ -112,7 +112,7 @@ def generate_command(
             name,
             *(_count(entry[key]) for key in counted),
             f"{entry['seconds']:.0f}",
-            f"{entry['tokens'] / entry['seconds']:.0f}" if entry["seconds"] else "",
+            f"{entry['tokens'] / entry['asking_seconds']:.0f}" if entry["asking_seconds"] else "",
             f"{entry['cost']:.2f}" if entry["cost"] is not None else "",
         ]
         for name, entry in report.items()

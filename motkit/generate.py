@@ -25,6 +25,9 @@ from motkit.summary import load_recorded_recipe
 from motkit.traces import SeedProblem, Trace, read_problems
 from motkit.vllm_process import ask_vllm
 
+# A longer response is not verified while others wait.
+_VERIFIED_CHARACTERS = 20_000
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -200,7 +203,7 @@ def generate_traces(
         say: receives a line per teacher.
 
     Returns:
-        The report: for each teacher that was asked, see `_report`.
+        What ``report.json`` holds of each teacher that was asked, see `_Generation._record`.
 
     Raises:
         UserError: an unknown teacher, one that does not answer, or samples that are missing at the end; what arrived
@@ -303,9 +306,14 @@ class _Generation:
         self.requests = requests_of(teacher, problems, seed)
         self.path = folder.generated(teacher.name)
         self.failures: dict[str, str] = {}
-        self.kept = 0
+        self.arrived = self.kept = 0
+        self.asking_since: float | None = None
         self.new_tokens = 0
-        self.seconds_before = reports.get(teacher.name, {}).get("seconds", 0.0)
+        earlier = reports.get(teacher.name, {})
+        self.seconds_before, self.asking_seconds_before = (
+            earlier.get("seconds", 0.0),
+            earlier.get("asking_seconds", 0.0),
+        )
 
     async def run(self) -> None:
         with SampleFile(self.path) as self.file:
@@ -366,15 +374,28 @@ class _Generation:
     def _append(self, row: Mapping[str, Any], outcome: Outcome) -> None:
         synced = self.file.append(row)
         self.tally.add(row, self.wanted, self.teacher.max_response_bytes)
-        if isinstance(outcome, Answer) and outcome.finish_reason == "stop":
-            answer = self.problems[outcome.request.problem_id].answer
-            self.kept += self.verify is None or bool(self.verify(outcome.response, answer).correct)
-        done = time.perf_counter() - self.started
+        self.arrived += 1
+        self.kept += isinstance(outcome, Answer) and self._is_right(outcome)
+        if self.asking_since is None:  # what came before was loading the model
+            self.asking_since = time.perf_counter() - (outcome.seconds if isinstance(outcome, Answer) else 0.0)
+        done = time.perf_counter() - self.asking_since
         self.new_tokens += row.get("tokens") or 0
-        self.bar.set_postfix_str(f"{self.new_tokens / done:.0f} tokens/s, kept {self.kept}", refresh=False)
+        self.bar.set_postfix_str(
+            f"{self.new_tokens / max(done, 1e-3):.0f} tokens/s, kept {self.kept}/{self.arrived}", refresh=False
+        )
         self.bar.update()
         if synced:
             self._record()
+
+    def _is_right(self, answer: Answer) -> bool:
+        """For the progress bar alone: the verdict that counts is given when the traces are filtered."""
+        if answer.finish_reason != "stop" or len(answer.response) > _VERIFIED_CHARACTERS:
+            return False
+        if self.verify is None:
+            return True
+        with contextlib.suppress(Exception):  # a text on which the verifier fails is not right, and ends nothing here
+            return bool(self.verify(answer.response, self.problems[answer.request.problem_id].answer).correct)
+        return False
 
     def _bar(self, have: int) -> Any:
         return tqdm(
@@ -388,9 +409,16 @@ class _Generation:
         )
 
     def _record(self) -> None:
-        """``generated/report.json``: this teacher's part, while it runs as at its end."""
+        """``generated/report.json``: this teacher's part, while it runs as at its end.
+
+        Of the samples that the recipe asks for: answered (``truncated`` of them cut at max_tokens), rejected, missing,
+        and their tokens, as the teacher counts them (``without_usage``: samples whose teacher did not). ``seconds`` of
+        every attempt so far, and without the loading of the model. ``cost`` is of every line of the file, stale ones
+        too: they were paid for. An attempt that brought no sample is not in it.
+        """
         tally, teacher = self.tally, self.teacher
-        seconds = self.seconds_before + time.perf_counter() - self.started
+        now = time.perf_counter()
+        asking_seconds = 0.0 if self.asking_since is None else now - self.asking_since
         rejected = sum(tally.current.values())
         price = teacher.price_per_million_tokens
         cost = None
@@ -408,7 +436,8 @@ class _Generation:
             "prompt_tokens": tally.prompt_tokens,
             "tokens": tally.tokens,
             "without_usage": tally.without_usage,
-            "seconds": round(seconds, 3),
+            "seconds": round(self.seconds_before + now - self.started, 3),
+            "asking_seconds": round(self.asking_seconds_before + asking_seconds, 3),
             "cost": cost,
         }
         write_json(self.folder.generated_report, self.reports)
