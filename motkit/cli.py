@@ -38,6 +38,7 @@ def main() -> None:
     \b
     motkit recipes                     what is bundled
     motkit round quickstart --all      run a recipe
+    motkit generate real-teachers-cpu  ask its teachers first, where they are models
     motkit status runs/quickstart      how it went
     """
 
@@ -79,6 +80,47 @@ def round_command(
     if not as_json:
         _print_report(folder)
     _print_summary(table, folder, as_json)
+
+
+@main.command("generate")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--run", "run", type=click.Path(path_type=Path), help="Run directory.  [default: runs/<recipe's name>]")
+@click.option("--teacher", "teachers", multiple=True, metavar="NAME", help="Ask this teacher alone; repeat it.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def generate_command(
+    recipe: str, overrides: Sequence[str], run: Path | None, teachers: Sequence[str], as_json: bool
+) -> None:
+    """Ask the teachers of RECIPE that have a model for their samples, into RUN/generated.
+
+    Run again to go on: what has arrived is not asked for again; a changed prompt, sampling or model is.
+    """
+    from motkit import recipe as recipes
+    from motkit.generate import generate_traces
+    from motkit.verify import verify_exact
+
+    loaded = recipes.load_recipe(recipe, overrides)
+    folder = run or Path("runs") / recipes.recipe_name(recipes.recipe_path(recipe))
+    verify = verify_exact if loaded.filter.verifier == "exact" else None
+    report = generate_traces(loaded, folder, teachers=teachers, verify=verify, progress=sys.stderr.isatty())
+    if as_json:
+        import json
+
+        click.echo(json.dumps(report))
+        return
+    counted = ["asked", "answered", "truncated", "rejected", "prompt_tokens", "tokens"]
+    rows = [
+        [
+            name,
+            *(_count(entry[key]) for key in counted),
+            f"{entry['seconds']:.0f}",
+            f"{entry['tokens'] / entry['asking_seconds']:.0f}" if entry["asking_seconds"] else "",
+            f"{entry['cost']:.2f}" if entry["cost"] is not None else "",
+        ]
+        for name, entry in report.items()
+    ]
+    headings = ["teacher", *(key.replace("_", " ") for key in counted), "seconds", "tokens/s", "cost"]
+    _print_table(f"{folder}/generated", headings, rows)
 
 
 @main.command("merge")

@@ -10,12 +10,15 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from motkit.errors import UserError
-from motkit.traces import SeedProblem, Trace, read_objects
+from motkit.traces import SeedProblem, Trace, read_objects, read_problems, sample_problems
+
+if TYPE_CHECKING:
+    from motkit.recipe import Recipe
 
 HUB = "hf://"
 _HUB_SOURCE = re.compile(r"^hf://(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]%:-]+))?$")
@@ -84,6 +87,21 @@ def import_problems(source: str, columns: Mapping[str, str]) -> Iterator[SeedPro
         yield _made(SeedProblem, {**fields, "prompt": prompt, "answer": answer}, where)
     if not seen:
         raise UserError(f"{source}: holds no problem")
+
+
+def seed_problems(recipe: "Recipe", imported: Path) -> tuple[dict[str, SeedProblem], dict[str, SeedProblem]]:
+    """(all problems of a recipe's source, those that its ``sample`` leaves), by id.
+
+    Args:
+        imported: where a run keeps what it fetched from the hub; read instead of the hub once it is there.
+    """
+    source = recipe.problem_source
+    hub = is_hub_source(source.path)
+    if imported.is_file() if hub else not source.columns:
+        known = read_problems(imported if hub else Path(source.path))
+    else:
+        known = {problem.id: problem for problem in import_problems(source.path, source.columns)}
+    return known, sample_problems(known, source.sample.count, source.sample.seed) if source.sample else known
 
 
 def import_traces(

@@ -8,6 +8,7 @@ together in one `UserError`, a line each.
 import dataclasses
 import difflib
 import functools
+import os
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,17 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from yaml import YAMLError
 
 from motkit.bundle import bundled_files
@@ -57,12 +68,101 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Sampling(_Section):
+    """How text is sampled; temperature 0 is greedy."""
+
+    temperature: float = Field(default=0.0, ge=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    max_tokens: int = Field(default=1024, ge=1)
+
+
+class TeacherSampling(Sampling):
+    """How a teacher is asked: ``n`` samples of every problem, each a request of its own.
+
+    ``extra``: further fields as the engine itself names them (``stop``, ``top_k``, ``chat_template_kwargs``, …), sent
+    in the body of every request or given to vLLM's SamplingParams. A null takes out a field that motkit would send
+    (``{max_tokens: null, max_completion_tokens: 4096}`` for an endpoint that wants it so).
+    """
+
+    n: int = Field(default=1, ge=1)
+    temperature: float = Field(default=0.6, ge=0.0)
+    top_p: float = Field(default=0.95, gt=0.0, le=1.0)
+    max_tokens: int = Field(default=32768, ge=1)
+    extra: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> "TeacherSampling":
+        if self.n > 1 and self.temperature == 0.0:
+            raise ValueError("'n' above 1 needs 'temperature' above 0 (greedy samples are all the same)")
+        return self
+
+
+class Price(_Section):
+    """Price of a million tokens, in any currency: of the prompts, and of what is generated."""
+
+    input: float = Field(ge=0.0)
+    output: float = Field(ge=0.0)
+
+
+_HTTP_SETTINGS = {"base_url", "api_key_env", "concurrency", "timeout_s", "max_retries"}
+_VLLM_SETTINGS = {"engine_args", "python", "serve"}
+# Arguments of vLLM that say where and how fast a text is made, not which.
+PLACEMENT_ARGS = frozenset(
+    [
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "enable_expert_parallel",
+        "gpu_memory_utilization",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "enforce_eager",
+        "swap_space",
+        "cpu_offload_gb",
+        "kv_cache_memory_bytes",
+        "distributed_executor_backend",
+        "disable_log_stats",
+        "api_server_count",
+        "download_dir",
+        "load_format",
+    ]
+)
+# Settings of a teacher of the same kind: a run goes on when they change.
+_PLACEMENT = re.compile(
+    r"teachers\.\d+\.(base_url|api_key_env|concurrency|timeout_s|max_retries|batch_size|serve|python|"
+    rf"max_response_bytes|price_per_million_tokens\..*|engine_args\.({'|'.join(sorted(PLACEMENT_ARGS))}))"
+)
+
+
 class Teacher(_Section):
-    """A teacher, known here by the traces it wrote."""
+    """A teacher: the traces that it wrote (``traces``), or a model that `motkit generate` asks (``model``, ``engine``).
+
+    The settings below ``engine`` go with some engines only; what does not go together is refused.
+
+    * ``openai``: an OpenAI-compatible endpoint at ``base_url``, or a `vllm serve` that motkit starts for the time it is
+      needed (``serve: true``);
+    * ``vllm``: vLLM's offline engine in a process of its own; with ``serve: true`` the same as ``openai`` with it;
+    * ``transformers``: batches through the model in this process.
+    """
 
     name: str = Field(pattern=_NAME, description="becomes a folder: lower-case letters, digits, '.', '_', '-'")
-    traces: str = Field(min_length=1, description="JSONL of traces, or hf://owner/name of the hub")
+    traces: str | None = Field(default=None, min_length=1, description="JSONL of traces, or hf://owner/name of the hub")
     columns: dict[str, str] = Field(default_factory=dict, description="what we need → the source's column")
+    model: str | None = Field(default=None, min_length=1, description="a folder, a hub id, or the endpoint's own name")
+    engine: Literal["vllm", "openai", "transformers"] | None = None
+    system: str | None = Field(default=None, min_length=1, description="system message before every problem")
+    sampling: TeacherSampling = TeacherSampling()
+    max_response_bytes: int = Field(default=4_000_000, ge=1, description="a longer answer is rejected and counted")
+    price_per_million_tokens: Price | None = None
+    base_url: str | None = Field(default=None, pattern=r"^https?://\S+$")
+    api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="holds the key")
+    concurrency: int = Field(default=32, ge=1, le=4096, description="requests in flight")
+    timeout_s: float = Field(default=3600.0, gt=0.0, description="for one attempt at one request")
+    max_retries: int = Field(default=6, ge=0)
+    serve: bool = False
+    engine_args: dict[str, Any] = Field(default_factory=dict, description="vLLM's own: tensor_parallel_size, …")
+    python: str | None = Field(default=None, min_length=1, description="interpreter of vLLM's environment")
+    batch_size: int = Field(default=8, ge=1, description="samples at a time (transformers)")
 
     @field_validator("name")
     @classmethod
@@ -75,6 +175,59 @@ class Teacher(_Section):
     @classmethod
     def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
         return _without_fault(columns, columns_fault(columns, "traces"))
+
+    @field_validator("price_per_million_tokens", mode="before")
+    @classmethod
+    def _one_price(cls, value: Any) -> Any:
+        return {"input": value, "output": value} if isinstance(value, int | float) else value
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> "Teacher":
+        faults = []
+        if self.traces is None and self.model is None:
+            faults.append("give 'traces' (a file of traces) or 'model' and 'engine' (to generate them)")
+        elif self.traces is not None and self.model is not None:
+            faults.append("'traces' and 'model' exclude each other; remove one")
+        if self.model is not None and self.engine is None:
+            faults.append("'model' needs 'engine': vllm, openai or transformers")
+        given = {field for field in self.model_fields_set if getattr(self, field) is not None}
+        for field in sorted(given - self._settings()):
+            if self.model is None:
+                faults.append(f"'{field}' goes with 'model', not with 'traces'; remove it")
+            elif self.engine is not None:
+                served = " without 'serve: true'" if not self.serve and self.engine != "transformers" else ""
+                faults.append(f"'{field}' does not go with 'engine: {self.engine}'{served}; remove it")
+        if self.engine == "openai" and self.base_url is None and not self.serve:
+            faults.append("'engine: openai' needs 'base_url' (such as http://127.0.0.1:8000/v1) or 'serve: true'")
+        if self.serve and self.base_url is not None:
+            faults.append("'serve: true' starts its own server; remove 'base_url'")
+        if self.engine == "transformers" and self.sampling.extra:
+            faults.append("'sampling.extra' does not go with 'engine: transformers'; remove it")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    @property
+    def over_http(self) -> bool:
+        """Whether the teacher is asked over HTTP."""
+        return self.engine == "openai" or self.serve
+
+    def _settings(self) -> set[str]:
+        """Names of the settings that go with this kind of teacher."""
+        if self.model is None:
+            return {"name", "traces", "columns"}
+        common = {"name", "traces", "model", "engine", "system", "sampling", "max_response_bytes"}
+        common |= {"price_per_million_tokens"}
+        if self.engine == "transformers":
+            return common | {"batch_size"}
+        if self.engine == "vllm":
+            return common | _VLLM_SETTINGS | (_HTTP_SETTINGS if self.serve else set())
+        return common | _HTTP_SETTINGS | (_VLLM_SETTINGS if self.serve else {"serve"})
+
+    @model_serializer(mode="wrap")
+    def _only_its_settings(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        settings = self._settings()
+        return {key: value for key, value in handler(self).items() if key in settings and value is not None}
 
 
 class ProblemSample(_Section):
@@ -118,14 +271,6 @@ class Precision(_Section):
 
     carry: Literal["float32", "bfloat16"] = "float32"
     publish: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-
-
-class Sampling(_Section):
-    """How text is sampled; temperature 0 is greedy."""
-
-    temperature: float = Field(default=0.0, ge=0.0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    max_tokens: int = Field(default=1024, ge=1)
 
 
 class Evaluation(_Section):
@@ -214,12 +359,15 @@ class Recipe(_Section):
         return OmegaConf.to_yaml(OmegaConf.create(self.model_dump(mode="json")))
 
     def differences(self, other: "Recipe") -> list[str]:
-        """``field: theirs → ours`` for every field that differs from ``other``."""
+        """``field: theirs → ours`` for every field that differs from ``other``.
+
+        Where a teacher's endpoint is and how fast it is asked is no part of the experiment and is left out.
+        """
         ours, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
         return [
             f"{key}: {theirs.get(key, 'absent')!r} → {ours.get(key, 'absent')!r}"
             for key in sorted(ours.keys() | theirs.keys())
-            if ours.get(key) != theirs.get(key)
+            if ours.get(key) != theirs.get(key) and not _PLACEMENT.fullmatch(key)
         ]
 
 
@@ -277,7 +425,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         result = Recipe.model_validate(values)
     except ValidationError as error:
-        faults += [_describe(fault, values) for fault in error.errors()]
+        faults += [line for fault in error.errors() for line in _describe(fault).split("\n")]
     if isinstance(values.get("train"), dict):
         faults += _train_faults(values["train"])
     faults += _missing_files(values, path)
@@ -345,8 +493,25 @@ def _fits(kind: Any, value: Any) -> bool:
 
 def _is_path_key(key: str) -> bool:
     return bool(
-        re.fullmatch(r"student|problems(\.path)?|merge|teachers\.\d+\.traces|evaluate\.(problems|traces(\..+)?)", key)
+        re.fullmatch(
+            r"student|problems(\.path)?|merge|teachers\.\d+\.(traces|model|python)|evaluate\.(problems|traces(\..+)?)",
+            key,
+        )
     )
+
+
+def _is_model_key(key: str) -> bool:
+    return key == "student" or key.endswith(".model")
+
+
+def _is_remote(values: Mapping[str, Any], key: str) -> bool:
+    """Whether the key is a teacher's ``model`` that an endpoint knows by a name of its own: no path here."""
+    match = re.fullmatch(r"teachers\.(\d+)\.model", key)
+    teachers = values.get("teachers")
+    if match is None or not isinstance(teachers, list) or int(match[1]) >= len(teachers):
+        return False
+    teacher = teachers[int(match[1])]
+    return isinstance(teacher, dict) and teacher.get("engine") == "openai" and not teacher.get("serve")
 
 
 def _resolve_path(key: str, value: str, folder: Path) -> str:
@@ -356,14 +521,18 @@ def _resolve_path(key: str, value: str, folder: Path) -> str:
         return value  # the bare name of a merge config
     if is_hub_source(value):
         return value
-    if key == "student" and not resolved.exists() and _HUB_ID.match(value) and not (folder / "make_data.py").is_file():
-        return value  # a hub id
+    if key.endswith(".python"):
+        # Not resolved: the interpreter of a virtual environment is a link, and knows by its place where it is.
+        return os.path.abspath(resolved)
+    made_here = value.startswith("data/") and (folder / "make_data.py").is_file()
+    if _is_model_key(key) and not (resolved.exists() or made_here or value.startswith(".")) and _HUB_ID.match(value):
+        return value  # a hub id, or the name of a model at an endpoint
     return str(resolved.resolve())
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     for key, holder, name in list(_leaves(values)):
-        if _is_path_key(key) and isinstance(holder[name], str):
+        if _is_path_key(key) and isinstance(holder[name], str) and not _is_remote(values, key):
             holder[name] = _resolve_path(key, holder[name], folder)
 
 
@@ -390,7 +559,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index,call-overload]
     except (YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"override {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
-    if _is_path_key(key) and isinstance(value, str):
+    if _is_path_key(key) and isinstance(value, str) and not _is_remote(values, key):
         value = _resolve_path(key, value, Path.cwd())
     holder: Any = values
     *parents, last = key.split(".")
@@ -423,7 +592,7 @@ def _section_fields(location: Sequence[str | int]) -> list[str]:
     return list(model.model_fields)
 
 
-def _describe(fault: Any, values: dict[str, Any]) -> str:
+def _describe(fault: Any) -> str:
     location = [part for part in fault["loc"] if part not in {"str", "dict[str,any]", "ProblemSource"}]
     where = ".".join(f"[{part}]" if isinstance(part, int) else str(part) for part in location).replace(".[", "[")
     if fault["type"] == "extra_forbidden":
@@ -432,8 +601,8 @@ def _describe(fault: Any, values: dict[str, Any]) -> str:
         return f"{where}: missing; this key is needed"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error":
-        return f"{where}: {message}" if where else message
-    if fault["type"] == "string_pattern_mismatch":
+        return "\n".join(f"{where}: {line}" if where else line for line in message.split("\n"))
+    if fault["type"] == "string_pattern_mismatch" and location[-1] == "name":
         message = "expected lower-case letters, digits, '.', '_' and '-', beginning with a letter or digit"
     return f"{where}: got {fault['input']!r}, {message[0].lower()}{message[1:]}"
 
@@ -445,11 +614,13 @@ def _missing_files(values: dict[str, Any], path: Path) -> list[str]:
         value = holder[name]
         if not _is_path_key(key) or key == "merge" or not isinstance(value, str) or is_hub_source(value):
             continue
+        if key.endswith(".model") and _is_remote(values, key):
+            continue
         file = Path(value)
         where = re.sub(r"\.(\d+)", r"[\1]", key)
-        if key == "student":
+        if _is_model_key(key):
             if file.is_absolute() and not (file / "config.json").is_file():
-                faults.append(f"student: no checkpoint (config.json) in {_short(file)}{remedy}")
+                faults.append(f"{where}: no checkpoint (config.json) in {_short(file)}{remedy}")
         elif not file.is_file():
             faults.append(f"{where}: file not found: {_short(file)}{remedy}")
     return faults

@@ -31,7 +31,6 @@ from motkit.traces import (
     Trace,
     read_problems,
     read_traces,
-    sample_problems,
     stream_traces,
     to_jsonl,
     write_jsonl,
@@ -240,9 +239,7 @@ class _Run:
         self.merge_config = merge.load_merge_config(self.recipe.merge)
         merge.check_merge_config(self.merge_config, num_branches=len(self.recipe.branch_names))
         self.recipe = self.recipe.model_copy(update={"merge": self.merge_config})
-        self.all_problems = self._read_problems()
-        sample = self.recipe.problem_source.sample
-        self.problems = sample_problems(self.all_problems, sample.count, sample.seed) if sample else self.all_problems
+        self.all_problems, self.problems = importing.seed_problems(self.recipe, self.folder.source("problems"))
         self.tokenizer = checkpoints.load_tokenizer(self.student_path)
         ends = checkpoints.end_token_ids(self.student_path, self.tokenizer)
         self.renderer = Renderer(self.tokenizer, ends)
@@ -272,14 +269,16 @@ class _Run:
         """Resolve the recipe; record it, the environment and the input files, or compare them with the records."""
         self.resolve()
         self.compare_recipe()
+        for teacher in self.recipe.teachers:
+            if teacher.model is not None:
+                self._stream_traces(teacher)  # complete, before anything is recorded
         if not self.folder.recipe.is_file():
             rundir.write_text(self.folder.recipe, self.recipe.to_yaml())
         self._open_environment()
         self._fetch_sources()
         files = {"problems": self._source_file("problems", self.recipe.problem_source.path)}
         for teacher in self.recipe.teachers:
-            key = f"teachers.{teacher.name}.traces"
-            files[key] = self._source_file(key, teacher.traces)
+            files[f"teachers.{teacher.name}.traces"] = self._traces_file(teacher)
         if self.recipe.evaluate:
             files |= {f"evaluate.traces.{name}": Path(file) for name, file in self.recipe.evaluate.traces.items()}
             if self.recipe.evaluate.problems:
@@ -325,7 +324,7 @@ class _Run:
 
     def _source_file(self, key: str, source: str) -> Path:
         """The file behind a source; a dataset of the hub is imported once, into the run's folder."""
-        return self.folder.root / "sources" / f"{key}.jsonl" if importing.is_hub_source(source) else Path(source)
+        return self.folder.source(key) if importing.is_hub_source(source) else Path(source)
 
     def _fetch_sources(self) -> None:
         """Import what comes from the hub, so that the run is made from files that stay as they are."""
@@ -335,20 +334,20 @@ class _Run:
             if not file.is_file():
                 write_jsonl(file, self.all_problems.values())
         for teacher in self.recipe.teachers:
-            file = self._source_file(f"teachers.{teacher.name}.traces", teacher.traces)
-            if importing.is_hub_source(teacher.traces) and not file.is_file():
+            file = self._traces_file(teacher)
+            if teacher.traces and importing.is_hub_source(teacher.traces) and not file.is_file():
                 write_jsonl(file, importing.import_traces(teacher.traces, teacher.columns, self.all_problems))
 
-    def _read_problems(self) -> dict[str, SeedProblem]:
-        source = self.recipe.problem_source
-        file = self._source_file("problems", source.path)
-        fetched = importing.is_hub_source(source.path) and file.is_file()
-        if fetched or not (source.columns or importing.is_hub_source(source.path)):
-            return read_problems(file)
-        return {problem.id: problem for problem in importing.import_problems(source.path, source.columns)}
+    def _traces_file(self, teacher: Teacher) -> Path:
+        """A teacher's traces: its own file, or what `motkit generate` has asked of it in this run."""
+        if teacher.traces is None:
+            return self.folder.generated(teacher.name)
+        return self._source_file(f"teachers.{teacher.name}.traces", teacher.traces)
 
     def _stream_traces(self, teacher: Teacher) -> Iterator[Trace]:
-        file = self._source_file(f"teachers.{teacher.name}.traces", teacher.traces)
+        if teacher.traces is None:
+            return iter(generate.generated_traces(self.recipe, self.folder, teacher, self.problems))
+        file = self._traces_file(teacher)
         fetched = importing.is_hub_source(teacher.traces) and file.is_file()
         if fetched or not (teacher.columns or importing.is_hub_source(teacher.traces)):
             traces = stream_traces(file, self.all_problems)
@@ -719,11 +718,11 @@ def _read_text(path: Path) -> str | None:
 
 
 def _without_folders(recipe: Recipe) -> Recipe:
-    """The recipe for a public card: file names without the folders of the machine that ran it."""
+    """The recipe for a public card: file names without the folders of the machine that ran it, no private address."""
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: strip(inner) for key, inner in value.items()}
+            return {key: "http://127.0.0.1/v1" if key == "base_url" else strip(inner) for key, inner in value.items()}
         if isinstance(value, list):
             return [strip(inner) for inner in value]
         return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

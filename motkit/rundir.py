@@ -183,6 +183,19 @@ class RunDir:
         """Scores of a round, JSON."""
         return self.round(number) / "evaluation.json"
 
+    def source(self, key: str) -> Path:
+        """What a run fetched from the hub, once: problems or a teacher's traces, JSONL."""
+        return self.root / "sources" / f"{key}.jsonl"
+
+    def generated(self, teacher: str) -> Path:
+        """Samples asked of a teacher, JSONL (`motkit.samples`)."""
+        return self.root / "generated" / f"{teacher}.jsonl"
+
+    @property
+    def generated_report(self) -> Path:
+        """What the samples of each teacher took: tokens, seconds, cost."""
+        return self.root / "generated" / "report.json"
+
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """Hold the run for this process; the lock goes with the process, however it ends.

@@ -21,6 +21,8 @@ def write(tmp_path):
     def write(text: str = MINIMAL, name: str = "mine.yaml") -> Path:
         for file in ("problems.jsonl", "plain.jsonl", "steps.jsonl"):
             (tmp_path / file).touch()
+        (tmp_path / "env" / "bin").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "env" / "bin" / "python").touch()
         (tmp_path / name).write_text(text)
         return tmp_path / name
 
@@ -195,3 +197,88 @@ def test_a_bare_name_is_a_bundled_recipe_and_names_the_run():
     assert recipe_name(path) == "quickstart"
     with pytest.raises(UserError, match="did you mean 'quickstart'"):
         recipe_path("quikstart")
+
+
+ASKED = """
+student: some/student
+problems: problems.jsonl
+teachers:
+  - {name: a, model: qwq, engine: openai, base_url: "http://127.0.0.1:1/v1", api_key_env: KEY, concurrency: 8}
+  - {name: b, model: Qwen/QwQ-32B, engine: vllm, engine_args: {tensor_parallel_size: 2}, python: env/bin/python}
+  - {name: c, model: Qwen/QwQ-32B, engine: vllm, serve: true, timeout_s: 60, engine_args: {dtype: bfloat16}}
+  - {name: d, model: Qwen/QwQ-32B, engine: transformers, batch_size: 4, sampling: {n: 4, temperature: 1.0}}
+  - {name: e, traces: plain.jsonl}
+rounds: 1
+train: {max_steps: 5}
+"""
+
+
+def test_teachers_that_are_models(write, tmp_path):
+    recipe = load_recipe(write(ASKED))
+    a, b, c, d, e = recipe.teachers
+    assert (a.over_http, b.over_http, c.over_http, d.over_http, e.over_http) == (True, False, True, False, False)
+    assert b.python == str(tmp_path / "env/bin/python")
+    assert (b.model, d.sampling.n, e.traces) == ("Qwen/QwQ-32B", 4, str(tmp_path / "plain.jsonl"))
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    assert "engine" not in e.model_dump()
+    assert load_recipe(write(ASKED), ["teachers.0.price_per_million_tokens=2"]).teachers[0].model_dump()[
+        "price_per_million_tokens"
+    ] == {"input": 2.0, "output": 2.0}
+
+
+def test_where_a_teacher_is_asked_is_no_part_of_the_experiment(write):
+    recipe = load_recipe(write(ASKED))
+    moved = load_recipe(
+        write(ASKED),
+        ["teachers.0.base_url=http://127.0.0.1:2/v1", "teachers.1.engine_args.tensor_parallel_size=8"],
+    )
+    assert moved.differences(recipe) == []
+    changed = load_recipe(write(ASKED), ["teachers.2.engine_args.dtype=float32", "teachers.0.model=other"])
+    assert changed.differences(recipe) == [
+        "teachers.0.model: 'qwq' → 'other'",
+        "teachers.2.engine_args.dtype: 'bfloat16' → 'float32'",
+    ]
+
+
+def test_a_folder_of_a_model_resolves_and_an_endpoints_name_does_not(write, tmp_path):
+    (tmp_path / "qwq").mkdir()
+    (tmp_path / "qwq" / "config.json").touch()
+    recipe = load_recipe(write(ASKED.replace("model: Qwen/QwQ-32B", "model: qwq")))
+    assert recipe.teachers[0].model == "qwq"
+    assert [teacher.model for teacher in recipe.teachers[1:4]] == [str(tmp_path / "qwq")] * 3
+
+
+@pytest.mark.parametrize(
+    ("teacher", "says"),
+    [
+        ("{name: x}", ["give 'traces' (a file of traces) or 'model' and 'engine'"]),
+        ("{name: x, traces: plain.jsonl, model: m, engine: vllm}", ["'traces' and 'model' exclude each other"]),
+        ("{name: x, model: m}", ["'model' needs 'engine'"]),
+        ("{name: x, model: m, engine: openai}", ["'engine: openai' needs 'base_url'"]),
+        ("{name: x, traces: plain.jsonl, concurrency: 2}", ["'concurrency' goes with 'model', not with 'traces'"]),
+        (
+            "{name: x, model: m, engine: transformers, base_url: 'http://x', engine_args: {a: 1},"
+            " sampling: {extra: {b: 1}}}",
+            ["'base_url' does not go", "'engine_args' does not go", "'sampling.extra' does not go"],
+        ),
+        (
+            "{name: x, model: m, engine: vllm, timeout_s: 3}",
+            ["'timeout_s' does not go with 'engine: vllm' without 'serve"],
+        ),
+        ("{name: x, model: m, engine: openai, serve: true, base_url: 'http://x'}", ["remove 'base_url'"]),
+        ("{name: x, model: m, engine: vllm, sampling: {n: 2, temperature: 0}}", ["'n' above 1 needs 'temperature'"]),
+        ("{name: x, model: m, engine: openai, base_url: 'ftp://x'}", ["base_url: got 'ftp://x'"]),
+        ("{name: x, model: m, engine: sglang}", ["engine: got 'sglang'"]),
+        ("{name: x, model: m, engine: vllm, sampling: {top_k: 3}}", ["sampling.top_k: unknown key"]),
+        ("{name: x, model: ./gone, engine: transformers}", ["teachers[0].model: no checkpoint (config.json) in gone"]),
+    ],
+)
+def test_settings_of_a_teacher_that_do_not_go_together_are_all_named(write, teacher, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = MINIMAL.replace("{name: plain, traces: plain.jsonl}", teacher)
+    found = faults(write(text))
+    assert len(found) == len(says)
+    for line, expected in zip(found, says, strict=True):
+        assert expected in line
+        assert line.startswith("mine.yaml: teachers[0]")

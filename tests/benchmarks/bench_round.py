@@ -1,6 +1,6 @@
 """What the loop adds: wall time of ``motkit round`` over the time inside its ``SFTTrainer.train()``.
 
-    python tests/benchmarks/bench_round.py                                 # a Llama of 30 M parameters, made on the spot
+    python tests/benchmarks/bench_round.py                                # a Llama of 30 M parameters, made here
     python tests/benchmarks/bench_round.py --recipe RECIPE [KEY=VALUE]...  # any recipe; evaluation is left out
 
 The whole process counts: imports, reading and rendering traces, loading, saving, hashing, merging, publishing.

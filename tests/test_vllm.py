@@ -1,0 +1,160 @@
+"""Against real vLLM, in its own environment; without one the tests are skipped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from vllm_server import SERVABLE, SMALL, find_vllm_python, vllm_serve
+
+from motkit.errors import UserError
+from motkit.generate import generate_texts, generate_traces
+from motkit.recipe import load_recipe
+
+PYTHON = find_vllm_python()
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        PYTHON is None, reason="no vLLM: 'make vllm' makes .venv-vllm, or set MOTKIT_VLLM_PYTHON to its interpreter"
+    ),
+]
+ENGINE_ARGS = {"max_model_len": 512, "dtype": "float32", "enforce_eager": True}
+FLAGS = ["--max-model-len=512", "--dtype=float32", "--enforce-eager", "--served-model-name=pico"]
+
+
+@pytest.fixture(scope="module")
+def pico(tmp_path_factory):
+    from conftest import make_pico_checkpoint
+
+    return make_pico_checkpoint("llama", tmp_path_factory.mktemp("pico") / "model", dtype="float32", **SERVABLE)
+
+
+@pytest.fixture(scope="module")
+def served(pico, tmp_path_factory):
+    with vllm_serve(PYTHON, pico, tmp_path_factory.mktemp("logs") / "serve.log", *FLAGS) as url:
+        yield f"{url}/v1"
+
+
+def write_recipe(folder: Path, student: Path, **teacher) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"id": f"p{n}", "prompt": f"{n}+2?", "answer": str(n + 2)} for n in range(6)]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"name": "pico", "model": "pico", "engine": "openai", **teacher}
+    recipe = {
+        "student": str(student),
+        "problems": "problems.jsonl",
+        "teachers": [fields],
+        "rounds": 1,
+        "train": {"max_steps": 1},
+    }
+    (folder / "mini.yaml").write_text(json.dumps(recipe))
+    return folder / "mini.yaml"
+
+
+def greedy(pico: Path) -> dict[str, str]:
+    """Problem id → what transformers generates from it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(pico)
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"{n}+2?"}], add_generation_prompt=True, return_dict=False
+        )
+        for n in range(6)
+    ]
+    model = AutoModelForCausalLM.from_pretrained(pico).eval()
+    texts = generate_texts(
+        model, tokenizer, prompts, samples=1, temperature=0.0, top_p=1.0, max_tokens=24,
+        end_ids=[tokenizer.eos_token_id], batch_size=1, seed=0,
+    )  # fmt: skip
+    return {f"p{number}": generations[0].text.strip() for number, generations in enumerate(texts)}
+
+
+def test_an_endpoint_generates_what_transformers_does(pico, served, tmp_path):
+    sampling = {"temperature": 0.0, "max_tokens": 24, "extra": {"skip_special_tokens": False}}
+    recipe = load_recipe(write_recipe(tmp_path, pico, base_url=served, sampling=sampling))
+    report = generate_traces(recipe, tmp_path / "run", progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "run/generated/pico.jsonl").read_text().splitlines()]
+    assert report["pico"]["answered"] == 6
+    texts = greedy(pico)
+    for row in rows:
+        text = row["response"] or row["reasoning"]
+        assert texts[row["problem_id"]].startswith(text.removesuffix("<|im_end|>")[:10])
+        assert row["tokens"] == 24 or row["finish_reason"] == "stop"
+    assert report["pico"]["tokens"] == sum(row["tokens"] for row in rows)
+
+
+def test_samples_differ_and_come_again_with_their_seeds(pico, served, tmp_path):
+    sampling = {"n": 4, "temperature": 1.0, "max_tokens": 16}
+    recipe = load_recipe(write_recipe(tmp_path, pico, base_url=served, sampling=sampling, concurrency=1))
+    texts = []
+    for run in ("one", "two"):
+        generate_traces(recipe, tmp_path / run, progress=False)
+        rows = [json.loads(line) for line in (tmp_path / run / "generated/pico.jsonl").read_text().splitlines()]
+        texts.append({(row["problem_id"], row["sample"]): (row["reasoning"], row["response"]) for row in rows})
+    assert texts[0] == texts[1]
+    assert len(set(texts[0].values())) > 12
+
+
+def test_a_prompt_that_is_too_long_is_rejected_and_an_unknown_model_is_an_error(pico, served, tmp_path):
+    recipe = write_recipe(tmp_path, pico, base_url=served, sampling={"max_tokens": 16})
+    with pytest.raises(UserError, match=r"HTTP 404: .*correct base_url or model"):
+        generate_traces(load_recipe(recipe, ["teachers.0.model=other"]), tmp_path / "run", progress=False)
+    with (tmp_path / "problems.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "long", "prompt": "7" * 600, "answer": "1"}) + "\n")
+    report = generate_traces(load_recipe(recipe), tmp_path / "run", progress=False)
+    assert (report["pico"]["answered"], report["pico"]["rejected"]) == (6, 1)
+
+
+def test_the_offline_engine_generates_and_is_gone_afterwards(pico, tmp_path, monkeypatch):
+    for name, value in SMALL.items():
+        monkeypatch.setenv(name, value)
+    sampling = {"temperature": 0.0, "max_tokens": 24}
+    recipe = write_recipe(
+        tmp_path, pico, model=str(pico), engine="vllm", engine_args=ENGINE_ARGS, python=PYTHON, sampling=sampling
+    )
+    report = generate_traces(load_recipe(recipe), tmp_path / "run", progress=False)
+    assert (report["pico"]["answered"], report["pico"]["missing"]) == (6, 0)
+    texts = greedy(pico)
+    for line in (tmp_path / "run/generated/pico.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert texts[row["problem_id"]].startswith((row["response"] or row["reasoning"])[:10])
+    assert processes_with(str(pico)) == []
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_a_server_on_loan_does_not_outlive_us(pico, tmp_path, signal_number):
+    model = shutil.copytree(pico, tmp_path / "model")
+    recipe = write_recipe(tmp_path, pico, model=str(model), serve=True, engine_args=ENGINE_ARGS, python=PYTHON)
+    command = [sys.executable, "-m", "motkit", "generate", recipe, "--run", tmp_path / "run"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, **SMALL})
+    wait_until(lambda: len(processes_with(str(model))) >= 2, 60)  # the watch, and the server
+    process.send_signal(signal_number)
+    assert process.wait(60) == (130 if signal_number == signal.SIGINT else -signal_number)
+    wait_until(lambda: processes_with(str(model)) == [], 15)
+
+
+def wait_until(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {seconds} s"
+        time.sleep(0.2)
+
+
+def processes_with(text: str) -> list[int]:
+    """Living processes that have ``text`` in their command line, other than this one."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if text in line and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
