@@ -91,12 +91,14 @@ def round_command(
 def generate_command(
     recipe: str, overrides: Sequence[str], run: Path | None, teachers: Sequence[str], as_json: bool
 ) -> None:
-    """Ask the teachers of RECIPE that have a model for their samples, into RUN/generated.
+    """Ask the teachers of RECIPE that have a model, into RUN/generated, and say what the filter keeps of each.
 
     Run again to go on: what has arrived is not asked for again; a changed prompt, sampling or model is.
     """
     from motkit import recipe as recipes
+    from motkit.filter import REPORT_HEADINGS, report_rows
     from motkit.generate import generate_traces
+    from motkit.rounds import preview_traces
     from motkit.verify import verify_exact
 
     loaded = recipes.load_recipe(recipe, overrides)
@@ -106,7 +108,8 @@ def generate_command(
     if as_json:
         import json
 
-        click.echo(json.dumps(report))
+        kept = preview_traces(loaded, folder, list(report))
+        click.echo(json.dumps({name: {**entry, "traces": kept[name]} for name, entry in report.items()}))
         return
     counted = ["asked", "answered", "truncated", "rejected", "prompt_tokens", "tokens"]
     rows = [
@@ -121,6 +124,8 @@ def generate_command(
     ]
     headings = ["teacher", *(key.replace("_", " ") for key in counted), "seconds", "tokens/s", "cost"]
     _print_table(f"{folder}/generated", headings, rows)
+    kept = preview_traces(loaded, folder, list(report))
+    _print_table(f"what the filter keeps (verifier {loaded.filter.verifier})", REPORT_HEADINGS, report_rows(kept))
 
 
 @main.command("merge")

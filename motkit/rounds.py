@@ -138,6 +138,23 @@ class StagePlan:
     disk_bytes: int | None = None
 
 
+def preview_traces(recipe: Recipe, run: str | Path, teachers: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """What the filter would keep of each teacher's traces, as in ``traces/report.json``; writes nothing.
+
+    Args:
+        teachers: names; default: all.
+
+    Raises:
+        UserError: as `run_rounds` before the first round, for example a teacher of whom too few traces are left.
+    """
+    now = _Run(RunDir(Path(run).resolve()), recipe, lambda line: None, progress=False)
+    try:
+        now.resolve()
+        return now.filtered(teachers).report
+    finally:
+        now.close()
+
+
 def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -> list[StagePlan]:
     """What `run_rounds` would do, without doing or writing anything.
 
@@ -368,11 +385,15 @@ class _Run:
 
     # Stages
 
-    def filtered(self) -> PreparedTraces:
-        """Read and filter every teacher's traces."""
+    def filtered(self, names: Sequence[str] = ()) -> PreparedTraces:
+        """Read and filter the traces of these teachers, or of all."""
         verifier = self.verifier(self.recipe.filter.verifier)
         return filter_traces(
-            {teacher.name: self._stream_traces(teacher) for teacher in self.recipe.teachers},
+            {
+                teacher.name: self._stream_traces(teacher)
+                for teacher in self.recipe.teachers
+                if not names or teacher.name in names
+            },
             problems=self.problems,
             settings=self.recipe.filter,
             max_length=self.recipe.train.get("max_length", 1024),  # SFTConfig's own default
