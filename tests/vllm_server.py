@@ -12,7 +12,7 @@ from pathlib import Path
 from motkit import vllm_child
 
 ROOT = Path(__file__).parent.parent
-# The smallest head that vLLM's CPU attention takes is 32 wide.
+# vLLM's CPU attention refuses the pico-models' heads of 8 dimensions; 64 it takes.
 SERVABLE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
 # One core for the server is enough for a pico-model, and the cache is 1 GB instead of most of the memory.
 SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
