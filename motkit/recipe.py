@@ -472,11 +472,31 @@ def _train_faults(train: Mapping[str, Any]) -> list[str]:
         elif not _fits(fields[key], value):
             expected = getattr(fields[key], "__name__", None) or str(fields[key])
             faults.append(f"train.{key}: got {value!r}, expected {expected}")
+    faults += _report_to_faults(train.get("report_to"))
     steps = train.get("max_steps")
     if steps is None:
         faults.append("train.max_steps: missing; give the optimizer steps of a branch in one round (the paper: 50)")
     elif isinstance(steps, int) and steps < 1:
         faults.append(f"train.max_steps: got {steps!r}, expected a whole number of at least 1")
+    return faults
+
+
+def _report_to_faults(targets: Any) -> list[str]:
+    """Said before a branch trains: a target that transformers does not know, or whose package is missing."""
+    listed = [targets] if isinstance(targets, str) else targets if isinstance(targets, list) else []
+    if not set(listed) - {"none", "all"}:
+        return []
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    faults, known, installed = [], set(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
+    for target in listed:
+        if target not in known | {"none", "all"}:
+            faults.append(f"train.report_to: unknown target {target!r}{_nearest(str(target), known)}")
+        elif target not in installed and target not in {"none", "all"}:
+            faults.append(f"train.report_to: {target} is not installed; pip install {target}, or leave it out")
     return faults
 
 

@@ -398,6 +398,7 @@ def test_rounds_train_on_what_was_generated_and_want_it_whole(tmp_path, make_pic
         motkit.run_rounds(load_recipe(recipe, ["teachers.1.concurrency=2"]), tmp_path / "run", progress=False)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_file_stays_whole(write, tmp_path):
     with UnrulyServer() as server:
         recipe = write(server, 40)
@@ -416,6 +417,7 @@ def test_a_full_disk_is_one_line_and_the_file_stays_whole(write, tmp_path):
         assert len(lines(tmp_path / "run")) == 120
 
 
+@pytest.mark.slow
 def test_interrupted_by_a_person(write, tmp_path):
     with UnrulyServer(seconds=0.05) as server:
         recipe = write(server, 40)

@@ -171,6 +171,18 @@ def test_the_student_is_judged_like_the_teachers_unless_nothing_is_verified(writ
     assert load_recipe(path, ["evaluate.verifier=exact"]).evaluation_verifier == "exact"
 
 
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("no_such", "unknown target 'no_such'"),
+        ("wandbb", "did you mean 'wandb'"),
+        ("clearml", "clearml is not installed"),
+    ],
+)
+def test_a_place_to_report_to_that_is_not_there_is_said_beforehand(write, target, says):
+    assert says in "\n".join(faults(write(), [f"train.report_to={target}"]))
+
+
 def test_two_teachers_of_one_name_are_refused(write):
     assert "plain is used more than once" in "\n".join(faults(write(MINIMAL.replace("name: steps", "name: plain"))))
 
