@@ -61,7 +61,7 @@ def model_card(
         recipe: the resolved recipe, YAML.
     """
     base = f"base_model: {student}\n" if not Path(student).is_absolute() else ""
-    listed = "\n".join(f"- `{teacher}`" for teacher in teachers)
+    listed = "\n".join(f"  - `{teacher}`" for teacher in teachers)
     table = f"\n## Scores\n\n{scores}\n" if scores else ""
     used = ", ".join(f"{package} {version}" for package, version in versions.items())
     return f"""---
