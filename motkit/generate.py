@@ -382,7 +382,7 @@ class _Generation:
         done = time.perf_counter() - self.asking_since
         self.new_tokens += row.get("tokens") or 0
         self.bar.set_postfix_str(
-            f"{self.new_tokens / max(done, 1e-3):.0f} tokens/s, kept {self.kept}/{self.arrived}", refresh=False
+            f"{self.new_tokens / max(done, 1e-3):.0f} tokens/s, about {self.kept}/{self.arrived} right", refresh=False
         )
         self.bar.update()
         if synced:

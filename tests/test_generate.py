@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import make_pico_checkpoint
 from experiment import write_experiment
 from unruly_server import FAULTS, UnrulyServer, completion
 
@@ -45,8 +46,8 @@ def quick(monkeypatch):
 @pytest.fixture
 def write(tmp_path):
     def write(server: UnrulyServer, num_problems: int = 8, changes: str = "") -> Path:
-        (tmp_path / "student").mkdir(exist_ok=True)
-        (tmp_path / "student" / "config.json").write_text("{}")
+        if not (tmp_path / "student").exists():
+            make_pico_checkpoint("llama", tmp_path / "student")
         rows = [{"id": f"p{n}", "prompt": f"{n}+2?", "answer": str(n + 2)} for n in range(num_problems)]
         (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (tmp_path / "mini.yaml").write_text(RECIPE.format(url=server.url) + changes)
