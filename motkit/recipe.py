@@ -43,7 +43,7 @@ _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 _RESERVED_TRAIN_FIELDS = {
     **dict.fromkeys(["seed", "data_seed"], "set the recipe's 'seed'"),
     **dict.fromkeys(["output_dir", "resume_from_checkpoint", "run_name"], "the run directory decides it (--run)"),
-    **dict.fromkeys(["max_grad_norm_filter", "logging_nan_inf_filter"], "a non-finite loss always stops the branch"),
+    **dict.fromkeys(["logging_nan_inf_filter"], "a non-finite loss always stops the branch"),
     **dict.fromkeys(["logging_strategy", "logging_steps"], "every step is always logged to metrics.jsonl"),
     **dict.fromkeys(
         ["save_strategy", "save_only_model"], "branches always save resumable checkpoints; set 'save_steps'"
