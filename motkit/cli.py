@@ -168,6 +168,75 @@ def merge_command(
     )
 
 
+@main.command("compare")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--arms", default="base,std,mtd,posthoc,mot", show_default=True, help="Also mot/CONFIG: another merge.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="A run of every arm for each.")
+@click.option(
+    "--budget",
+    "budgets",
+    multiple=True,
+    type=click.Choice(["steps", "compute"]),
+    help="What is equal; both with two.  [default: steps]",
+)
+@click.option(
+    "--leave-out", "leave_out", multiple=True, metavar="NAME", help="Also MoT without this teacher; repeat it."
+)
+@click.option("--noisy", metavar="NAME", help="Give this teacher's answers to the wrong problems, filter off.")
+@click.option(
+    "--clean", type=click.Path(path_type=Path), help="With --noisy: the comparison to say what was lost against."
+)
+@click.option("--run", "run", type=click.Path(path_type=Path), help="Folder.  [default: runs/<recipe's name>-compare]")
+@click.option("--dry-run", is_flag=True, help="Say what would be run, and do nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the tables as JSON.")
+def compare_command(
+    recipe: str,
+    overrides: Sequence[str],
+    arms: str,
+    seeds: str,
+    budgets: Sequence[str],
+    leave_out: Sequence[str],
+    noisy: str | None,
+    clean: Path | None,
+    run: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Compare MoT with what one would do otherwise: RECIPE's student and teachers, several seeds, one stopping rule.
+
+    Every arm is the same loop with other settings: base (no training), std (one teacher; a run for each), mtd (all
+    traces mixed), posthoc (one merge at the end), mot. Budget 'steps' gives every branch the same number of steps,
+    'compute' gives every arm as many branch-steps as MoT. Run again to go on.
+    """
+    from motkit import recipe as recipes
+    from motkit.compare import arm_recipe, plan_comparison, run_comparison
+
+    loaded = recipes.load_recipe(recipe, overrides)
+    name = recipes.recipe_name(recipes.recipe_path(recipe)) + "-compare" + (f"-noisy-{noisy}" if noisy else "")
+    folder = run or Path("runs") / name
+    if not all(seed.strip().isdigit() for seed in seeds.split(",")):
+        raise UserError(f"--seeds {seeds}: expected whole numbers with commas between, such as 0,1,2")
+    chosen: dict[str, Any] = {
+        "arms": [arm.strip() for arm in arms.split(",")],
+        "seeds": [int(seed) for seed in seeds.split(",")],
+        "budgets": budgets or ("steps",),
+        "leave_out": leave_out,
+    }
+    if dry_run:
+        rows = []
+        for planned in plan_comparison(loaded, **chosen):
+            settings = arm_recipe(loaded, planned)
+            steps = 0 if planned.arm == "base" else settings.rounds * settings.train["max_steps"]
+            rows.append(
+                [planned.run, planned.label, planned.budget, _count(steps * len(settings.branch_names) or None)]
+            )
+        _print_table(f"{folder}: what would be run", ["run", "arm", "budget", "branch-steps"], rows)
+        return
+    result = run_comparison(loaded, folder, **chosen, noisy=noisy, clean=clean, progress=sys.stderr.isatty())
+    _print_comparison(result, folder, as_json)
+
+
 @main.command("verify")
 @click.argument("traces", type=click.Path(path_type=Path))
 @click.option("--problems", required=True, type=click.Path(path_type=Path), help="JSONL of the problems they answer.")
@@ -357,6 +426,49 @@ def _print_summary(table: "pandas.DataFrame", folder: Path, as_json: bool) -> No
     click.echo(
         f"student: {final}" if final.exists() else "student: not published yet; 'motkit round … --all' finishes it"
     )
+
+
+def _print_comparison(comparison: Any, folder: Path, as_json: bool) -> None:
+    from motkit.compare import arm_label
+
+    if as_json:
+        import json
+
+        arms, runs = (json.loads(table.to_json(orient="records")) for table in (comparison.arms, comparison.runs))
+        click.echo(json.dumps({"arms": arms, "runs": runs, "sentences": comparison.sentences}))
+        return
+    titles = {"steps": "equal steps per branch", "compute": "equal compute"}
+    headings = ["arm", "seeds", "accuracy %", "against the best teacher", "lost", "held-out loss", "branch-steps"]
+    headings += ["tokens", "TFLOPs", "seconds", "memory", "disk"]
+    for budget in dict.fromkeys(comparison.arms["budget"]):
+        rows = []
+        for row in comparison.arms[comparison.arms["budget"] == budget].to_dict(orient="records"):
+            spread = f" ± {100 * row['accuracy_std']:.1f}" if _known(row["accuracy_std"]) else ""
+            against = "the best teacher" if row["best_teacher"] else ""
+            if _known(row.get("difference")):
+                interval = f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+                against = f"{100 * row['difference']:+.1f} {interval}"
+            teacher, left_out = (row[key] if _known(row[key]) else None for key in ("teacher", "left_out"))
+            rows.append(
+                [
+                    arm_label(row["arm"], teacher, left_out),
+                    str(row["seeds"]),
+                    f"{100 * row['accuracy']:.1f}{spread}",
+                    against,
+                    f"{100 * row['lost']:+.1f}" if _known(row.get("lost")) else "",
+                    f"{row['heldout_loss']:.4f}" if _known(row["heldout_loss"]) else "",
+                    *(_count(row[key] or None) for key in ("branch_steps", "tokens")),
+                    f"{row['flops'] / 1e12:,.1f}" if row["flops"] else "",
+                    f"{row['seconds']:,.0f}" if row["seconds"] else "",
+                    _bytes(int(row["peak_memory_bytes"])) if _known(row["peak_memory_bytes"]) else "",
+                    _bytes(int(row["disk_bytes"])),
+                ]
+            )
+        _print_table(f"{folder}: {titles[budget]}", headings, rows, bold="mot")
+    click.echo("accuracy: mean ± standard deviation over seeds; costs: of one seed, training and merging alone")
+    for sentence in comparison.sentences:
+        click.echo(sentence)
+    click.echo(f"tables and figure: {folder}/compare.csv, compare_runs.csv, compare.png")
 
 
 def _print_report(folder: Path) -> None:

@@ -6,6 +6,7 @@ Here too: text out of a model in this process, which evaluation and the engine `
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
@@ -19,12 +20,12 @@ from motkit import importing
 from motkit.checkpoint import end_token_ids, find_checkpoint, load_tokenizer
 from motkit.engines import Answer, Engine, Failure, Outcome, ask_endpoint, clean_text, split_reasoning
 from motkit.errors import UserError
-from motkit.recipe import Recipe, Teacher
+from motkit.recipe import Evaluation, Recipe, Teacher
 from motkit.rundir import RunDir, read_json, storage_errors, write_json
 from motkit.samples import REJECTED, Request, SampleFile, read_samples, requests_of, tally
 from motkit.summary import load_recorded_recipe
 from motkit.traces import SeedProblem, Trace
-from motkit.vllm_process import ask_vllm
+from motkit.vllm_process import ask_vllm, has_vllm
 
 # A longer response is not verified while others wait.
 _VERIFIED_CHARACTERS = 20_000
@@ -51,7 +52,8 @@ def generate_texts(
     end_ids: Sequence[int],
     batch_size: int,
     seed: int,
-    on_batch: Callable[[int], None] = lambda count: None,
+    known: Mapping[int, list[Generation]] | None = None,
+    on_batch: Callable[[dict[int, list[Generation]]], None] = lambda batch: None,
 ) -> list[list[Generation]]:
     """Continue each prompt, batched by length with padding on the left.
 
@@ -64,7 +66,8 @@ def generate_texts(
         end_ids: token ids that end a continuation; they are not part of its text.
         batch_size: prompts at a time.
         seed: of the sampling, set before every batch, so that a batch does not depend on those before it.
-        on_batch: called with the number of prompts that a batch has finished.
+        known: generations of an interrupted call, by the prompt's index; a batch that is known whole is not made again.
+        on_batch: called with the generations of each batch, by the prompt's index.
 
     Returns:
         For each prompt, in the order given, its ``samples`` generations.
@@ -87,6 +90,11 @@ def generate_texts(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
+        if known and all(index in known for index in batch):
+            for index in batch:
+                results[index] = list(known[index])
+            on_batch({})
+            continue
         longest = max(len(prompts[index]) for index in batch)
         padding = [longest - len(prompts[index]) for index in batch]
         ids = torch.tensor([[pad_id] * pad + list(prompts[index]) for pad, index in zip(padding, batch, strict=True)])
@@ -101,8 +109,26 @@ def generate_texts(
             results[batch[row // samples]].append(
                 Generation(text, len(kept) + (end is not None), "length" if end is None else "stop")
             )
-        on_batch(len(batch))
+        on_batch({index: results[index] for index in batch})
     return results
+
+
+def evaluation_engine(settings: Evaluation) -> str:
+    """``transformers`` or ``vllm``: what ``engine: auto`` means on this machine."""
+    import torch
+
+    if settings.engine != "auto":
+        return settings.engine
+    return "vllm" if torch.cuda.is_available() and has_vllm(settings.python) else "transformers"
+
+
+def text_generator(engine: str, settings: Evaluation, log: Path) -> Callable[..., list[list[Generation]]]:
+    """`generate_texts`; for ``vllm`` the same from a checkpoint's folder, through a process of its own."""
+    if engine == "transformers":
+        return generate_texts
+    return functools.partial(
+        generate_texts_with_vllm, engine_args=settings.engine_args, python=settings.python, log=log
+    )
 
 
 async def ask_transformers(teacher: Teacher, requests: Sequence[Request], log: Path) -> AsyncGenerator[Outcome, None]:

@@ -22,6 +22,7 @@ from motkit import checkpoint as checkpoints
 from motkit import evaluate, generate, importing, merge, publish, rundir, train
 from motkit.errors import UserError
 from motkit.filter import LOSSES, PreparedTraces, filter_traces
+from motkit.meter import Meter
 from motkit.recipe import Recipe, Teacher, missing_data_remedy
 from motkit.render import RenderedTrace, Renderer, UnfitTrace
 from motkit.rundir import RunDir
@@ -29,7 +30,6 @@ from motkit.summary import load_recorded_recipe, scores_markdown, summarise
 from motkit.traces import (
     SeedProblem,
     Trace,
-    read_problems,
     read_traces,
     stream_traces,
     to_jsonl,
@@ -65,6 +65,7 @@ def run_rounds(
     run: str | Path,
     *,
     rounds: int | None = None,
+    share_with: Sequence[str | Path] = (),
     progress: bool = True,
     say: Say | None = None,
 ) -> "pandas.DataFrame":
@@ -83,7 +84,9 @@ def run_rounds(
     Args:
         recipe: from `motkit.load_recipe`.
         run: the run's folder; made if it does not exist.
-        rounds: how many unfinished rounds to do; None for all.
+        rounds: how many unfinished rounds to do; None for all, 0 for the steps before the first.
+        share_with: folders of other runs: a branch or a score that one of them made from the same inputs is linked
+            from there instead of being made again; its costs count as this run's.
         progress: progress bars on stderr.
         say: receives a line per stage; default: printed to stderr.
 
@@ -100,18 +103,17 @@ def run_rounds(
         rundir.storage_errors(folder.root),
         contextlib.ExitStack() as stack,
     ):
-        now = _Run(folder, recipe, say, progress)
+        now = _Run(folder, recipe, say, progress, shared=[RunDir(Path(other).resolve()) for other in share_with])
         stack.callback(now.close)
         now.open()
         rows = now.prepare_traces()
         student = now.student
         now.evaluate(0, {"base": student})
-        unfinished = [number for number in range(1, recipe.rounds + 1) if not now.is_finished(number)]
-        last = recipe.rounds if rounds is None or not unfinished else unfinished[: max(rounds, 1)][-1]
+        last = now.last_round(rounds)
         for number in range(1, last + 1):
             branches = {name: now.train_branch(number, name, student, rows[name]) for name in recipe.branch_names}
             merged = now.merge(number, student, branches)
-            now.evaluate(number, {**branches, "merged": merged})
+            now.evaluate(number, {**now.between(number), **branches, "merged": merged})
             student = merged
         if last == recipe.rounds:
             now.publish(last, student)
@@ -190,8 +192,7 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
             )
 
     evaluation(0, ["base"])
-    unfinished = [number for number in range(1, recipe.rounds + 1) if not now.is_finished(number)]
-    last = recipe.rounds if rounds is None or not unfinished else unfinished[: max(rounds, 1)][-1]
+    last = now.last_round(rounds)
     for number in range(1, last + 1):
         for name in recipe.branch_names:
             teachers = [name] if recipe.branches == "per_teacher" else list(report)
@@ -209,7 +210,7 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
                     rows=kept,
                     steps=steps,
                     tokens=round(steps * batch * tokens / kept),
-                    disk_bytes=size,
+                    disk_bytes=size * (1 + len(recipe.kept_steps)),
                 )
             )
         plan.append(
@@ -219,7 +220,7 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
                 disk_bytes=now.parameters * _BYTES[recipe.precision.carry],
             )
         )
-        evaluation(number, [*recipe.branch_names, "merged"])
+        evaluation(number, recipe.scored_names)
     if last == recipe.rounds:
         plan.append(
             StagePlan(
@@ -242,7 +243,9 @@ class _Run:
     problems: dict[str, SeedProblem] = field(default_factory=dict)
     all_problems: dict[str, SeedProblem] = field(default_factory=dict)  # also those that 'sample' leaves out
     evaluation_problems: dict[str, SeedProblem] = field(default_factory=dict)
+    all_evaluation_problems: dict[str, SeedProblem] = field(default_factory=dict)
     heldout: dict[str, list[RenderedTrace]] = field(default_factory=dict)
+    shared: list[RunDir] = field(default_factory=list)
     made_here: set[Path] = field(default_factory=set)
     verifiers: dict[str, Verifier] = field(default_factory=dict)
 
@@ -260,11 +263,15 @@ class _Run:
         self.tokenizer = checkpoints.load_tokenizer(self.student_path)
         ends = checkpoints.end_token_ids(self.student_path, self.tokenizer)
         self.renderer = Renderer(self.tokenizer, ends)
-        if self.recipe.evaluate and self.recipe.evaluate.problems:
-            self.evaluation_problems = read_problems(Path(self.recipe.evaluate.problems))
+        source = self.recipe.evaluate.problem_source if self.recipe.evaluate else None
+        if self.recipe.evaluate and source:
+            imported = self.folder.source("evaluate.problems")
+            self.all_evaluation_problems, self.evaluation_problems = importing.source_problems(source, imported)
             for name, file in self.recipe.evaluate.traces.items():
                 self.heldout[name] = []
-                for trace in read_traces(Path(file), self.evaluation_problems):
+                for trace in read_traces(Path(file), self.all_evaluation_problems):
+                    if trace.problem_id not in self.evaluation_problems:
+                        continue
                     try:
                         row = self.renderer.render(self.evaluation_problems[trace.problem_id], trace)
                     except UnfitTrace as reason:
@@ -298,8 +305,8 @@ class _Run:
             files[f"teachers.{teacher.name}.traces"] = self._traces_file(teacher)
         if self.recipe.evaluate:
             files |= {f"evaluate.traces.{name}": Path(file) for name, file in self.recipe.evaluate.traces.items()}
-            if self.recipe.evaluate.problems:
-                files["evaluate.problems"] = Path(self.recipe.evaluate.problems)
+            if source := self.recipe.evaluate.problem_source:
+                files["evaluate.problems"] = self._source_file("evaluate.problems", source.path)
         for path in sorted(self.student_path.rglob("*")):
             if path.is_file() and path.name not in {"README.md", ".gitattributes"}:
                 files[f"student/{path.relative_to(self.student_path).as_posix()}"] = path
@@ -350,6 +357,11 @@ class _Run:
             file = self._source_file("problems", source.path)
             if not file.is_file():
                 write_jsonl(file, self.all_problems.values())
+        scored = self.recipe.evaluate.problem_source if self.recipe.evaluate else None
+        if scored and importing.is_hub_source(scored.path):
+            file = self._source_file("evaluate.problems", scored.path)
+            if not file.is_file():
+                write_jsonl(file, self.all_evaluation_problems.values())
         for teacher in self.recipe.teachers:
             file = self._traces_file(teacher)
             if teacher.traces and importing.is_hub_source(teacher.traces) and not file.is_file():
@@ -426,12 +438,13 @@ class _Run:
             }
             prepared = PreparedTraces(kept, rendered, self.prepared_before())
         else:
-            prepared = self.filtered()
+            with Meter() as meter:
+                prepared = self.filtered()
             with rundir.publish(folder) as partial:
                 for name, traces in prepared.kept.items():
                     rundir.write_text(partial / f"{name}.jsonl", to_jsonl(traces))
                 rundir.write_json(partial / "report.json", prepared.report)
-                rundir.write_done(partial, inputs)
+                rundir.write_done(partial, inputs, cost=meter.cost)
         for name, counts in prepared.report.items():
             lost = ", ".join(f"{counts[key]} {key.replace('_', '-')}" for key in LOSSES if counts[key])
             self.say(
@@ -454,10 +467,14 @@ class _Run:
             "train": self.recipe.train,
             "seed": seed,
         }
-        record = self._done(folder, inputs)
+        if self.recipe.kept_steps:
+            inputs["kept_steps"] = list(self.recipe.kept_steps)
+        record = self._done(folder, inputs) or self._share(folder, inputs)
         if record is None:
             checkpoint_bytes = self.parameters * 4
-            rundir.require_space(folder, checkpoint_bytes * 4, f"training branch {name}")
+            rundir.require_space(
+                folder, checkpoint_bytes * (4 + len(self.recipe.kept_steps)), f"training branch {name}"
+            )
             self._verify(student)
             fingerprint = rundir.digest(inputs)
             if work.exists() and _read_text(work / "inputs.sha256") != fingerprint:
@@ -465,7 +482,7 @@ class _Run:
             rundir.write_text(work / "inputs.sha256", fingerprint)
             resumable = train.resumable_step(work)
             self._say_stage(folder, f"resumes at step {resumable}" if resumable else "runs")
-            with rundir.publish(folder) as partial:
+            with rundir.publish(folder) as partial, Meter() as meter:
                 report = train.train_branch(
                     student=student.path,
                     traces=rows,
@@ -474,18 +491,36 @@ class _Run:
                     metrics=work / "metrics.jsonl",
                     settings=self.recipe.train,
                     seed=seed,
+                    keep_steps=self.recipe.kept_steps,
                     name=f"{self.folder.root.name}/{self.folder.relative(folder)}",
                     parameters=self.parameters,
                     reports=self.folder.logs / "tensorboard" / f"round_{number:02d}" / name,
                     progress=self.progress,
                 )
                 shutil.copyfile(work / "metrics.jsonl", partial / "metrics.jsonl")
-                cost = {**asdict(report), "seconds": report.train_seconds}
+                if self.recipe.kept_steps:
+                    os.rename(work / "steps", partial / "steps")
+                meter.stop()
+                memory = meter.peak_memory_bytes
+                cost = {**asdict(report), "seconds": report.train_seconds, "peak_memory_bytes": memory}
                 record = rundir.write_done(partial, inputs, cost=cost)
             self.made_here.add(folder / "checkpoint")
         if work.exists():
             shutil.rmtree(work)
         return Model(folder / "checkpoint", rundir.checkpoint_digest(record))
+
+    def between(self, number: int) -> dict[str, Model]:
+        """The branches of a round as they were in between, as ``NAME@STEP``."""
+        models = {}
+        for name in self.recipe.branch_names:
+            folder = self.folder.branch(number, name)
+            record = rundir.read_done(folder)
+            assert record is not None
+            for step in self.recipe.kept_steps:
+                path = self.folder.branch_step(number, name, step)
+                digest = rundir.checkpoint_digest(record, path.relative_to(folder).as_posix())
+                models[f"{name}@{step}"] = Model(path, digest)
+        return models
 
     def merge(self, number: int, student: Model, branches: Mapping[str, Model]) -> Model:
         """Stage ``round_NN/merged``."""
@@ -504,7 +539,7 @@ class _Run:
             for model in (student, *branches.values()):
                 self._verify(model)
             self._say_stage(folder, "runs")
-            with rundir.publish(folder) as partial:
+            with rundir.publish(folder) as partial, Meter() as meter:
                 report = merge.merge_checkpoints(
                     self.merge_config,
                     partial / "checkpoint",
@@ -515,11 +550,8 @@ class _Run:
                     quiet=not self.progress,
                 )
                 shutil.copyfile(partial / "checkpoint" / "mergekit_config.yml", partial / "merge.yaml")
-                cost = {
-                    "seconds": report.seconds,
-                    "bytes_read": report.bytes_read,
-                    "bytes_written": report.bytes_written,
-                }
+                meter.stop()
+                cost = {**meter.cost, "bytes_read": report.bytes_read, "bytes_written": report.bytes_written}
                 record = rundir.write_done(partial, inputs, cost=cost)
             self.made_here.add(folder / "checkpoint")
         return Model(folder / "checkpoint", rundir.checkpoint_digest(record))
@@ -531,25 +563,70 @@ class _Run:
             return
         file = self.folder.evaluation(number)
         entries = rundir.read_json(file)
+        wanted = {"base", *self.recipe.scored_names}
         for name, model in models.items():
-            inputs = self._evaluation_inputs(model)
-            if entries.get(name, {}).get("inputs") == inputs:
+            if name not in wanted:
                 continue
-            self._verify(model)
-            self._say_stage(file, f"scores {name}")
-            scores = evaluate.evaluate_checkpoint(
-                model.path,
-                settings=settings,
-                problems=self.evaluation_problems,
-                heldout=self.heldout,
-                generate=generate.generate_texts,
-                verify=self._judge_student,
-                seed=self.recipe.seed,
-                name=f"round {number} {name}",
-                progress=self.progress,
-            )
-            entries[name] = {"inputs": inputs, "scores": scores}
+            inputs, results = self._evaluation_inputs(model), self.folder.results(number, name)
+            asks = bool(self.evaluation_problems)
+            if entries.get(name, {}).get("inputs") == inputs and (results.is_file() or not asks):
+                continue
+            entry = self._shared_score(inputs, results)
+            if entry is None:
+                self._verify(model)
+                self._say_stage(file, f"scores {name}")
+                engine = generate.evaluation_engine(settings)
+                entry = evaluate.evaluate_checkpoint(
+                    model.path,
+                    identity=model.digest,
+                    settings=settings,
+                    engine=engine,
+                    problems=self.evaluation_problems,
+                    heldout=self.heldout,
+                    generate=generate.text_generator(engine, settings, self.folder.logs / "evaluate.log"),
+                    generation=generate.Generation,
+                    verify=self._judge_student,
+                    seed=self.recipe.seed,
+                    name=f"round {number} {name}",
+                    results=results,
+                    progress=self.progress,
+                )
+            entries[name] = {"inputs": inputs, **entry}
             rundir.write_json(file, entries)
+
+    # What other runs have made
+
+    def _share(self, folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Link a branch from a run that made it from the same inputs; its record, or None if there is no such."""
+        for other in self.shared:
+            for stage in sorted(other.root.glob("round_*/branches/*/done.json")):
+                record = rundir.read_done(stage.parent)
+                if record is None or record["inputs"] != json.loads(json.dumps(inputs)):
+                    continue
+                if rundir.damage(stage.parent, record, hashes=False) is not None:
+                    continue
+                with rundir.publish(folder) as partial:
+                    rundir.link_tree(stage.parent, partial)
+                self._say_stage(folder, f"is {other.root.name}'s {other.relative(stage.parent)}")
+                return record
+        return None
+
+    def _shared_score(self, inputs: Mapping[str, Any], results: Path) -> dict[str, Any] | None:
+        """The entry of a run that scored the same checkpoint in the same way, its answers linked; None if there is
+        none."""
+        for other in self.shared:
+            for file in sorted(other.root.glob("round_*/evaluation.json")):
+                for name, entry in rundir.read_json(file).items():
+                    answers = other.results(int(file.parent.name.rpartition("_")[2]), name)
+                    if entry.get("inputs") != inputs or (self.evaluation_problems and not answers.is_file()):
+                        continue
+                    if answers.is_file():
+                        with rundir.storage_errors(results):
+                            results.parent.mkdir(parents=True, exist_ok=True)
+                            results.unlink(missing_ok=True)
+                            rundir.link_file(answers, results)
+                    return dict(entry)
+        return None
 
     def _judge_student(self, pairs: Sequence[tuple[SeedProblem, str]]) -> list[Verdict]:
         verifier = self.verifier(self.recipe.evaluation_verifier)
@@ -563,7 +640,7 @@ class _Run:
             rundir.require_space(folder, self.parameters * _BYTES[inputs["dtype"]], "the published student")
             self._verify(student)
             self._say_stage(folder, "runs")
-            with rundir.publish(folder) as partial:
+            with rundir.publish(folder) as partial, Meter() as meter:
                 publish.cast_checkpoint(student.path, partial / "checkpoint", inputs["dtype"])
                 card = publish.model_card(
                     name=self.folder.root.name,
@@ -577,7 +654,8 @@ class _Run:
                     versions=rundir.read_json(self.folder.environment)["versions"],
                 )
                 rundir.write_text(partial / "checkpoint" / "README.md", card)
-                rundir.write_done(partial, inputs)
+                meter.stop()
+                rundir.write_done(partial, inputs, cost=meter.cost)
         self.folder.link_final(folder / "checkpoint")
 
     def summarise(self) -> "pandas.DataFrame":
@@ -595,7 +673,14 @@ class _Run:
         if self.recipe.evaluate is None:
             return True
         scored = rundir.read_json(self.folder.evaluation(number))
-        return all(name in scored for name in (*self.recipe.branch_names, "merged"))
+        return all(name in scored for name in self.recipe.scored_names)
+
+    def last_round(self, rounds: int | None) -> int:
+        """Number of the last round to do when ``rounds`` unfinished ones are asked for."""
+        if rounds == 0:
+            return 0
+        unfinished = [number for number in range(1, self.recipe.rounds + 1) if not self.is_finished(number)]
+        return self.recipe.rounds if rounds is None or not unfinished else unfinished[:rounds][-1]
 
     def _done(self, folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
         """The stage's record if it is done from these inputs and its files are there; damaged, it is set aside."""
@@ -623,7 +708,7 @@ class _Run:
         """Before a checkpoint is read: compare the bytes of what an earlier process made with its record."""
         if model.path in self.made_here or model.path == self.student_path:
             return
-        stage = model.path.parent
+        stage = next((folder for folder in model.path.parents if (folder / "done.json").is_file()), model.path.parent)
         record = rundir.read_done(stage)
         wrong = "its record is gone" if record is None else rundir.damage(stage, record, hashes=True)
         if wrong:
@@ -633,7 +718,8 @@ class _Run:
 
     def _evaluation_inputs(self, model: Model) -> dict[str, Any]:
         assert self.recipe.evaluate is not None
-        settings = self.recipe.evaluate.model_dump(mode="json", exclude={"problems", "traces"})
+        where = {"preset", "problems", "traces", "python", "branches", "every_steps"}
+        settings = self.recipe.evaluate.model_dump(mode="json", exclude=where)
         hashes = {key: entry["sha256"] for key, entry in self.input_hashes.items() if key.startswith("evaluate")}
         settings["verifier"] = self.recipe.evaluation_verifier
         return {"checkpoint": model.digest, "settings": settings, "files": hashes}

@@ -167,6 +167,10 @@ class RunDir:
         """Stage folder of a branch: checkpoint/, metrics.jsonl, done.json."""
         return self.round(number) / "branches" / name
 
+    def branch_step(self, number: int, name: str, step: int) -> Path:
+        """A branch's weights after ``step`` steps, where they are kept: a part of its stage."""
+        return self.branch(number, name) / "steps" / f"{step:06d}"
+
     def branch_work(self, number: int, name: str) -> Path:
         """Where a branch's trainer keeps its own checkpoints until the branch is published."""
         return self.round(number) / "branches" / f"{name}.training"
@@ -182,6 +186,10 @@ class RunDir:
     def evaluation(self, number: int) -> Path:
         """Scores of a round, JSON."""
         return self.round(number) / "evaluation.json"
+
+    def results(self, number: int, name: str) -> Path:
+        """What a checkpoint answered to each problem, and whether it was right, JSONL (`motkit.evaluate`)."""
+        return self.round(number) / "evaluation" / f"{name}.jsonl"
 
     def source(self, key: str) -> Path:
         """What a run fetched from the hub, once: problems or a teacher's traces, JSONL."""
@@ -287,11 +295,22 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def checkpoint_digest(record: Mapping[str, Any]) -> str:
-    """Identity of the checkpoint that a stage made: a digest of the hashes of the files in ``checkpoint/``."""
-    return digest(
-        {name: entry["sha256"] for name, entry in record["outputs"].items() if name.startswith("checkpoint/")}
-    )
+def checkpoint_digest(record: Mapping[str, Any], folder: str = "checkpoint") -> str:
+    """Identity of the checkpoint that a stage made: a digest of the hashes of the files in ``folder`` of it."""
+    return digest({name: entry["sha256"] for name, entry in record["outputs"].items() if name.startswith(f"{folder}/")})
+
+
+def link_file(source: str | Path, target: str | Path) -> None:
+    """The same file under a second name; a copy where the file system cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """`link_file` of every file below ``source``. Safe because what is published is never edited."""
+    shutil.copytree(source, target, copy_function=link_file, dirs_exist_ok=True)
 
 
 def require_space(folder: Path, num_bytes: int, what: str) -> None:

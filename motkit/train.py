@@ -9,11 +9,10 @@ import copy
 import json
 import math
 import os
-import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,6 @@ class BranchReport:
     train_seconds: float
     final_loss: float
     resumed_from_step: int
-    peak_memory_bytes: int
 
 
 def train_branch(
@@ -51,6 +49,7 @@ def train_branch(
     metrics: Path,
     settings: Mapping[str, Any],
     seed: int,
+    keep_steps: Sequence[int] = (),
     name: str,
     parameters: int,
     reports: Path,
@@ -67,6 +66,7 @@ def train_branch(
         metrics: JSONL file with a line per step: step, loss, learning_rate, grad_norm, tokens, seconds.
         settings: fields of SFTConfig, as checked by the recipe.
         seed: of the order of the traces (and of dropout, if the student has any).
+        keep_steps: steps after which the weights are also saved, into ``work/steps/000040``.
         name: of the branch, for progress, messages and ``report_to``.
         parameters: P, for the FLOPs.
         reports: folder for what ``report_to`` writes.
@@ -130,24 +130,28 @@ def train_branch(
                 file=sys.stderr,
                 leave=False,
             )
-            trainer.add_callback(_branch_callback(name, steps_log, bar))
+
+            def save(folder: Path) -> None:
+                saved = trainer.accelerator.unwrap_model(trainer.model)
+                aligned = saved.config, saved.generation_config
+                saved.config, saved.generation_config = original_config, original_generation_config
+                saved.config.dtype = torch.float32
+                saved.save_pretrained(folder)
+                saved.config, saved.generation_config = aligned
+                copy_tokenizer(student, folder)
+
+            def keep(step: int) -> None:
+                if step in keep_steps:
+                    save(work / "steps" / f"{step:06d}")
+
+            trainer.add_callback(_branch_callback(name, steps_log, bar, keep))
             started = time.perf_counter()
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             finally:
                 bar.close()
             seconds = time.perf_counter() - started
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        trained.config, trained.generation_config = original_config, original_generation_config
-        trained.config.dtype = torch.float32
-        trained.save_pretrained(out)
-        copy_tokenizer(student, out)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if on_gpu:
-        peak = torch.cuda.max_memory_allocated()
-    del trainer, model, trained
-    if on_gpu:
-        torch.cuda.empty_cache()
+        save(out)
     return BranchReport(
         steps=config.max_steps,
         tokens=steps_log.tokens,
@@ -155,7 +159,6 @@ def train_branch(
         train_seconds=steps_log.seconds_before + seconds,
         final_loss=steps_log.last_loss,
         resumed_from_step=first_step,
-        peak_memory_bytes=peak,
     )
 
 
@@ -239,7 +242,7 @@ class _StepLog:
         self._file.close()
 
 
-def _branch_callback(name: str, log: _StepLog, bar: Any) -> Any:
+def _branch_callback(name: str, log: _StepLog, bar: Any, keep: Callable[[int], None]) -> Any:
     from transformers import TrainerCallback
 
     class BranchCallback(TrainerCallback):
@@ -259,6 +262,7 @@ def _branch_callback(name: str, log: _StepLog, bar: Any) -> Any:
             bar.update(1)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            keep(state.global_step)
             if state.global_step >= state.max_steps:
                 control.should_save = False  # the branch itself is saved next; its optimizer is not needed again
 

@@ -202,3 +202,10 @@ def _last_words(log: Path) -> str:
     errors = [line for line in lines if "Error: " in line and "See stack trace" not in line]
     said = (errors or [line for line in lines if line] or ["nothing was printed"])[-1]
     return f"it said: {said[-300:]!r}; all of it: {log}"
+
+
+def has_vllm(python: str | None) -> bool:
+    """Whether an interpreter with vLLM is named, or ours has it."""
+    import importlib.util
+
+    return bool(python or os.environ.get(PYTHON_VARIABLE) or importlib.util.find_spec("vllm"))

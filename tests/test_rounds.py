@@ -52,7 +52,7 @@ def test_a_run_is_readable_and_its_student_loads(whole):
         "round_00", "round_01", "round_02", "summary.csv", "traces",
     ]  # fmt: skip
     assert sorted(path.name for path in (folder / "round_01").rglob("*") if path.is_dir()) == [
-        "branches", "checkpoint", "checkpoint", "checkpoint", "merged", "plain", "wordy",
+        "branches", "checkpoint", "checkpoint", "checkpoint", "evaluation", "merged", "plain", "wordy",
     ]  # fmt: skip
     assert os.readlink(folder / "final") == "round_02/published/checkpoint"
     student = AutoModelForCausalLM.from_pretrained(folder / "final")
