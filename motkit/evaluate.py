@@ -50,7 +50,7 @@ def evaluate_checkpoint(
         engine: ``transformers`` or ``vllm``.
         problems: held-out problems; empty for none.
         heldout: sets of rendered held-out traces, by name.
-        generate: `motkit.generate.generate_texts`; for ``vllm`` `generate_texts_with_vllm`.
+        generate: `motkit.generate.generate_texts`; for ``vllm`` `continue_with_vllm`.
         generation: makes one of its generations again from (text, num_tokens, finish_reason).
         verify: (problem, response) pairs → verdicts with ``correct``; the responses are finished and hold no reasoning.
         name: for progress and messages.
@@ -109,27 +109,23 @@ def evaluate_checkpoint(
             with (
                 _Answers(results, [identity, engine, prompts, sampled, settings.batch_size], generation) as answers,
                 tqdm(
-                    total=len(asked),
+                    total=len(asked) * settings.samples,
                     initial=len(answers.known),
                     desc=f"{name}: answers",
-                    unit="problem",
+                    unit="sample",
                     disable=not progress,
                     file=sys.stderr,
                     leave=False,
                 ) as bar,
             ):
 
-                def arrived(batch: dict[int, list[Any]]) -> None:
-                    answers.add(batch)
-                    bar.update(len(batch))
+                def arrived(problem: int, sample: int, answer: Any) -> None:
+                    answers.add(problem, sample, answer)
+                    bar.update()
 
-                progressing = {"known": answers.known, "on_batch": arrived}
-                if engine == "vllm":
-                    generations = generate(checkpoint, prompts, **sampled, **progressing)
-                else:
-                    generations = generate(
-                        model, tokenizer, prompts, **sampled, **progressing, batch_size=settings.batch_size
-                    )
+                what = (checkpoint, prompts) if engine == "vllm" else (model, tokenizer, prompts)
+                size = {} if engine == "vllm" else {"batch_size": settings.batch_size}
+                generations = generate(*what, **sampled, **size, known=answers.known, on_result=arrived)
             rows = _graded(asked, generations, renderer, verify)
             rundir.write_text(results, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             answers.path.unlink(missing_ok=True)
@@ -222,11 +218,11 @@ def _graded(
 
 
 class _Answers:
-    """``<results>.partial``: what has been generated so far, a line per problem under a line that says of what."""
+    """``<results>.partial``: what has been generated so far, a line per sample under a line that says of what."""
 
     def __init__(self, results: Path, what: Any, generation: Callable[..., Any]) -> None:
         self.path = rundir.partial_path(results)
-        self.known: dict[int, list[Any]] = {}
+        self.known: dict[tuple[int, int], Any] = {}
         self._identity = rundir.digest(what)
         self._generation = generation
 
@@ -239,7 +235,7 @@ class _Answers:
                     row = json.loads(line)
                 except ValueError:  # torn by a kill
                     break
-                self.known[row["problem"]] = [self._generation(*sample) for sample in row["samples"]]
+                self.known[row["problem"], row["sample"]] = self._generation(*row["answer"])
                 kept.append(line)
         with rundir.storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,10 +247,9 @@ class _Answers:
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
-    def add(self, batch: Mapping[int, Sequence[Any]]) -> None:
-        for index, samples in batch.items():
-            plain = [[sample.text, sample.num_tokens, sample.finish_reason] for sample in samples]
-            self._file.write(json.dumps({"problem": index, "samples": plain}) + "\n")
+    def add(self, problem: int, sample: int, answer: Any) -> None:
+        plain = [answer.text, answer.num_tokens, answer.finish_reason]
+        self._file.write(json.dumps({"problem": problem, "sample": sample, "answer": plain}) + "\n")
         self._file.flush()
 
 
