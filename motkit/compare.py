@@ -10,8 +10,8 @@
 | ``mot/CONFIG`` | the recipe with another merge config |
 | ``leave_out`` | the recipe without one teacher (Figure 4) |
 
-With T rounds of E steps and K teachers, budget ``steps`` gives each branch T·E steps, budget ``compute`` gives every arm
-the T·E·K branch-steps of MoT; ``posthoc`` and ``mot`` are the same under both. What is scored is each arm's last
+With T rounds of E steps and K teachers, budget ``steps`` gives each branch T·E steps, budget ``compute`` gives every
+arm the T·E·K branch-steps of MoT; ``posthoc`` and ``mot`` are the same under both. What is scored is each arm's last
 checkpoint: the stopping rule is fixed beforehand. The traces are filtered once and shared, and a branch that two arms
 have in common is trained once (`run_rounds`, ``share_with``).
 """
@@ -402,10 +402,11 @@ def _sentence(budget: str, row: dict[str, Any], best: Sequence[Any], theirs: flo
     equal = "steps per branch" if budget == "steps" else "compute (branch-steps in all)"
     seeds = f"{row['seeds']} seeds and" if row["seeds"] > 1 else "one seed (so it says nothing of others) and"
     claim = "MoT is better" if row["low"] > 0 else "MoT is worse" if row["high"] < 0 else "no difference can be claimed"
+    interval = f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
     return (
         f"At equal {equal}: MoT {100 * row['accuracy']:.1f} %, {who}, {100 * theirs:.1f} %; difference "
-        f"{100 * row['difference']:+.1f} points, 95 % interval [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}] over "
-        f"{seeds} {num_problems} problems: {claim}."
+        f"{100 * row['difference']:+.1f} points, 95 % interval {interval} over {seeds} "
+        f" {num_problems} problems: {claim}."
     )
 
 

@@ -483,6 +483,27 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return result
 
 
+def read_evaluation(values: Mapping[str, Any]) -> Evaluation:
+    """An ``evaluate`` section that comes from a command's options; paths resolve against the working folder.
+
+    Raises:
+        UserError: one line per fault.
+    """
+    nested = {"evaluate": dict(values)}
+    _resolve_paths(nested, Path.cwd())
+    try:
+        settings = Evaluation.model_validate(nested["evaluate"])
+    except ValidationError as error:
+        raise UserError("\n".join(line for fault in error.errors() for line in _describe(fault).split("\n"))) from None
+    files = [*settings.traces.values()]
+    if settings.problem_source and not is_hub_source(settings.problem_source.path):
+        files.append(settings.problem_source.path)
+    faults = [f"file not found: {_short(Path(file))}" for file in files if not Path(file).is_file()]
+    if faults:
+        raise UserError("\n".join(faults))
+    return settings
+
+
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
     """A YAML file whose top is a mapping, read safely: no tags that build objects, no key given twice.
 

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from motkit import checkpoint as checkpoints
-from motkit import evaluate, generate, importing, merge, publish, rundir, train
+from motkit import generate, importing, merge, publish, rundir, train
 from motkit.errors import UserError
 from motkit.filter import LOSSES, PreparedTraces, filter_traces
 from motkit.meter import Meter
 from motkit.recipe import Recipe, Teacher, missing_data_remedy
-from motkit.render import RenderedTrace, Renderer, UnfitTrace
+from motkit.render import RenderedTrace, Renderer
 from motkit.rundir import RunDir
+from motkit.scoring import Scorer
 from motkit.summary import load_recorded_recipe, scores_markdown, summarise
 from motkit.traces import (
     SeedProblem,
@@ -35,7 +36,7 @@ from motkit.traces import (
     to_jsonl,
     write_jsonl,
 )
-from motkit.verify import Answer, Verdict, Verifier
+from motkit.verify import Verifier
 
 if TYPE_CHECKING:
     import pandas
@@ -181,13 +182,13 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
     ]
 
     def evaluation(number: int, names: Sequence[str]) -> None:
-        if recipe.evaluate:
+        if now.scorer:
             scored = rundir.read_json(folder.evaluation(number))
             plan.append(
                 StagePlan(
                     folder.relative(folder.evaluation(number)),
                     "skip" if all(name in scored for name in names) else "run",
-                    rows=len(now.evaluation_problems) * len(names),
+                    rows=len(now.scorer.problems) * len(names),
                 )
             )
 
@@ -242,9 +243,7 @@ class _Run:
     progress: bool
     problems: dict[str, SeedProblem] = field(default_factory=dict)
     all_problems: dict[str, SeedProblem] = field(default_factory=dict)  # also those that 'sample' leaves out
-    evaluation_problems: dict[str, SeedProblem] = field(default_factory=dict)
-    all_evaluation_problems: dict[str, SeedProblem] = field(default_factory=dict)
-    heldout: dict[str, list[RenderedTrace]] = field(default_factory=dict)
+    scorer: Scorer | None = None
     shared: list[RunDir] = field(default_factory=list)
     made_here: set[Path] = field(default_factory=set)
     verifiers: dict[str, Verifier] = field(default_factory=dict)
@@ -263,20 +262,15 @@ class _Run:
         self.tokenizer = checkpoints.load_tokenizer(self.student_path)
         ends = checkpoints.end_token_ids(self.student_path, self.tokenizer)
         self.renderer = Renderer(self.tokenizer, ends)
-        source = self.recipe.evaluate.problem_source if self.recipe.evaluate else None
-        if self.recipe.evaluate and source:
-            imported = self.folder.source("evaluate.problems")
-            self.all_evaluation_problems, self.evaluation_problems = importing.source_problems(source, imported)
-            for name, file in self.recipe.evaluate.traces.items():
-                self.heldout[name] = []
-                for trace in read_traces(Path(file), self.all_evaluation_problems):
-                    if trace.problem_id not in self.evaluation_problems:
-                        continue
-                    try:
-                        row = self.renderer.render(self.evaluation_problems[trace.problem_id], trace)
-                    except UnfitTrace as reason:
-                        raise UserError(f"{file}: trace {trace.label}: {reason}; remove or correct it") from reason
-                    self.heldout[name].append(row)
+        if self.recipe.evaluate:
+            self.scorer = Scorer(
+                self.recipe.evaluate,
+                verifier=self.recipe.evaluation_verifier,
+                seed=self.recipe.seed,
+                renderer=self.renderer,
+                imported=self.folder.source("evaluate.problems"),
+                verifiers=self.verifier,
+            )
 
     def compare_recipe(self) -> None:
         """Refuse a recipe other than the one that the run began with."""
@@ -303,13 +297,10 @@ class _Run:
         files = {"problems": self._source_file("problems", self.recipe.problem_source.path)}
         for teacher in self.recipe.teachers:
             files[f"teachers.{teacher.name}.traces"] = self._traces_file(teacher)
-        if self.recipe.evaluate:
-            files |= {f"evaluate.traces.{name}": Path(file) for name, file in self.recipe.evaluate.traces.items()}
-            if source := self.recipe.evaluate.problem_source:
-                files["evaluate.problems"] = self._source_file("evaluate.problems", source.path)
-        for path in sorted(self.student_path.rglob("*")):
-            if path.is_file() and path.name not in {"README.md", ".gitattributes"}:
-                files[f"student/{path.relative_to(self.student_path).as_posix()}"] = path
+        if self.scorer:
+            files |= self.scorer.files()
+        for path in checkpoints.content_files(self.student_path):
+            files[f"student/{path.relative_to(self.student_path).as_posix()}"] = path
         recorded = rundir.read_json(self.folder.inputs)
         self.input_hashes = {key: _hash_if_changed(path, recorded.get(key)) for key, path in files.items()}
         if recorded:
@@ -357,11 +348,6 @@ class _Run:
             file = self._source_file("problems", source.path)
             if not file.is_file():
                 write_jsonl(file, self.all_problems.values())
-        scored = self.recipe.evaluate.problem_source if self.recipe.evaluate else None
-        if scored and importing.is_hub_source(scored.path):
-            file = self._source_file("evaluate.problems", scored.path)
-            if not file.is_file():
-                write_jsonl(file, self.all_evaluation_problems.values())
         for teacher in self.recipe.teachers:
             file = self._traces_file(teacher)
             if teacher.traces and importing.is_hub_source(teacher.traces) and not file.is_file():
@@ -558,37 +544,29 @@ class _Run:
 
     def evaluate(self, number: int, models: Mapping[str, Model]) -> None:
         """``round_NN/evaluation.json``: one entry per checkpoint, each written when it is known."""
-        settings = self.recipe.evaluate
-        if settings is None:
+        scorer = self.scorer
+        if scorer is None:
             return
         file = self.folder.evaluation(number)
         entries = rundir.read_json(file)
-        wanted = {"base", *self.recipe.scored_names}
-        for name, model in models.items():
-            if name not in wanted:
+        hashes = {key: entry["sha256"] for key, entry in self.input_hashes.items() if key.startswith("evaluate")}
+        for name in ("base", *self.recipe.scored_names):
+            if name not in models:
                 continue
-            inputs, results = self._evaluation_inputs(model), self.folder.results(number, name)
-            asks = bool(self.evaluation_problems)
-            if entries.get(name, {}).get("inputs") == inputs and (results.is_file() or not asks):
+            model, results = models[name], self.folder.results(number, name)
+            inputs = scorer.inputs(model.digest, hashes)
+            if entries.get(name, {}).get("inputs") == inputs and (results.is_file() or not scorer.problems):
                 continue
             entry = self._shared_score(inputs, results)
             if entry is None:
                 self._verify(model)
                 self._say_stage(file, f"scores {name}")
-                engine = generate.evaluation_engine(settings)
-                entry = evaluate.evaluate_checkpoint(
+                entry = scorer.score(
                     model.path,
                     identity=model.digest,
-                    settings=settings,
-                    engine=engine,
-                    problems=self.evaluation_problems,
-                    heldout=self.heldout,
-                    generate=generate.text_generator(engine, settings, self.folder.logs / "evaluate.log"),
-                    generation=generate.Generation,
-                    verify=self._judge_student,
-                    seed=self.recipe.seed,
                     name=f"round {number} {name}",
                     results=results,
+                    log=self.folder.logs / "evaluate.log",
                     progress=self.progress,
                 )
             entries[name] = {"inputs": inputs, **entry}
@@ -618,7 +596,7 @@ class _Run:
             for file in sorted(other.root.glob("round_*/evaluation.json")):
                 for name, entry in rundir.read_json(file).items():
                     answers = other.results(int(file.parent.name.rpartition("_")[2]), name)
-                    if entry.get("inputs") != inputs or (self.evaluation_problems and not answers.is_file()):
+                    if entry.get("inputs") != inputs or not (answers.is_file() or "accuracy" not in entry["scores"]):
                         continue
                     if answers.is_file():
                         with rundir.storage_errors(results):
@@ -627,10 +605,6 @@ class _Run:
                             rundir.link_file(answers, results)
                     return dict(entry)
         return None
-
-    def _judge_student(self, pairs: Sequence[tuple[SeedProblem, str]]) -> list[Verdict]:
-        verifier = self.verifier(self.recipe.evaluation_verifier)
-        return verifier.many(Answer(problem, response) for problem, response in pairs)
 
     def publish(self, number: int, student: Model) -> None:
         """Stage ``round_NN/published``: the student in ``precision.publish`` with its card; ``final`` points to it."""
@@ -715,14 +689,6 @@ class _Run:
             aside = rundir.set_aside(stage)
             raise UserError(f"{stage}: damaged: {wrong}; moved to {aside.name}: run the same command again to redo it")
         self.made_here.add(model.path)
-
-    def _evaluation_inputs(self, model: Model) -> dict[str, Any]:
-        assert self.recipe.evaluate is not None
-        where = {"preset", "problems", "traces", "python", "branches", "every_steps"}
-        settings = self.recipe.evaluate.model_dump(mode="json", exclude=where)
-        hashes = {key: entry["sha256"] for key, entry in self.input_hashes.items() if key.startswith("evaluate")}
-        settings["verifier"] = self.recipe.evaluation_verifier
-        return {"checkpoint": model.digest, "settings": settings, "files": hashes}
 
     def _say_stage(self, path: Path, what: str) -> None:
         self.say(f"{self.folder.relative(path)}: {what}")
