@@ -126,7 +126,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{path}: expected a checkpoint folder, got a file")
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            raise UserError(f"{path}: a LoRA adapter, not a model; merge it into its base model first")
+            raise UserError(
+                f"{path}: a LoRA adapter, not a model; write BASE+{path}, or give it with --branch and --base"
+            )
         raise UserError(f"{path}: no config.json; expected a checkpoint folder in Hugging Face format")
     config = read_json(path / "config.json")
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"

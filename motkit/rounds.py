@@ -18,8 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from motkit import adapters, evaluate, generate, importing, merge, publish, rundir, train
 from motkit import checkpoint as checkpoints
-from motkit import evaluate, generate, importing, merge, publish, rundir, train
 from motkit.errors import UserError
 from motkit.filter import LOSSES, PreparedTraces, filter_traces
 from motkit.recipe import Recipe, Teacher, missing_data_remedy
@@ -51,6 +51,7 @@ _PACKAGES = (
     "datasets",
     "math-verify",
     "tokenizers",
+    "peft",
     "numpy",
     "pandas",
     "pydantic",
@@ -124,6 +125,7 @@ class Model:
 
     path: Path
     digest: str
+    adapter: Path | None = None  # of a branch that trained one
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,8 @@ class _Run:
         remedy = missing_data_remedy(self.folder.recipe)
         self.student_path = checkpoints.find_checkpoint(self.recipe.student, remedy)
         self.parameters = checkpoints.count_parameters(self.student_path)
+        lora = self.recipe.lora
+        self.adapter_parameters = train.count_adapter_parameters(self.student_path, lora) if lora else 0
         self.merge_config = merge.load_merge_config(self.recipe.merge)
         merge.check_merge_config(self.merge_config, num_branches=len(self.recipe.branch_names))
         self.recipe = self.recipe.model_copy(update={"merge": self.merge_config})
@@ -456,8 +460,9 @@ class _Run:
         }
         record = self._done(folder, inputs)
         if record is None:
-            checkpoint_bytes = self.parameters * 4
-            rundir.require_space(folder, checkpoint_bytes * 4, f"training branch {name}")
+            # The branch, and two of the trainer's checkpoints with their optimizer; those of adapters are small.
+            trained = self.adapter_parameters or self.parameters
+            rundir.require_space(folder, (self.parameters + 3 * trained) * 4, f"training branch {name}")
             self._verify(student)
             fingerprint = rundir.digest(inputs)
             if work.exists() and _read_text(work / "inputs.sha256") != fingerprint:
@@ -477,6 +482,8 @@ class _Run:
                     name=f"{self.folder.root.name}/{self.folder.relative(folder)}",
                     parameters=self.parameters,
                     reports=self.folder.logs / "tensorboard" / f"round_{number:02d}" / name,
+                    adapter_out=partial / "adapter" if self.recipe.lora else None,
+                    base_name=self._base_name(student),
                     progress=self.progress,
                 )
                 shutil.copyfile(work / "metrics.jsonl", partial / "metrics.jsonl")
@@ -485,7 +492,12 @@ class _Run:
             self.made_here.add(folder / "checkpoint")
         if work.exists():
             shutil.rmtree(work)
-        return Model(folder / "checkpoint", rundir.checkpoint_digest(record))
+        adapter = folder / "adapter" if self.recipe.lora else None
+        return Model(folder / "checkpoint", rundir.checkpoint_digest(record), adapter)
+
+    def _base_name(self, student: Model) -> str:
+        """What an adapter's config names as its base: the same wherever the run's folder is."""
+        return self.recipe.student if student.path == self.student_path else self.folder.relative(student.path)
 
     def merge(self, number: int, student: Model, branches: Mapping[str, Model]) -> Model:
         """Stage ``round_NN/merged``."""
@@ -498,23 +510,28 @@ class _Run:
             "out_dtype": carry,
             "seed": self.recipe.seed + number,
         }
+        if self.recipe.merged_adapter is not None:
+            inputs["merged_adapter"] = self.recipe.merged_adapter.model_dump()
         record = self._done(folder, inputs)
         if record is None:
             rundir.require_space(folder, self.parameters * _BYTES[carry], "the merge")
             for model in (student, *branches.values()):
                 self._verify(model)
             self._say_stage(folder, "runs")
+            ordered, averages = list(branches.values()), merge.takes_adapters(self.merge_config)
             with rundir.publish(folder) as partial:
                 report = merge.merge_checkpoints(
                     self.merge_config,
                     partial / "checkpoint",
                     base=student.path,
-                    branches=[branch.path for branch in branches.values()],
+                    branches=[branch.adapter if averages and branch.adapter else branch.path for branch in ordered],
                     out_dtype=carry,
                     seed=self.recipe.seed + number,
                     quiet=not self.progress,
                 )
                 shutil.copyfile(partial / "checkpoint" / "mergekit_config.yml", partial / "merge.yaml")
+                if self.recipe.merged_adapter is not None:
+                    self._extract_adapter(partial, ordered)
                 cost = {
                     "seconds": report.seconds,
                     "bytes_read": report.bytes_read,
@@ -523,6 +540,23 @@ class _Run:
                 record = rundir.write_done(partial, inputs, cost=cost)
             self.made_here.add(folder / "checkpoint")
         return Model(folder / "checkpoint", rundir.checkpoint_digest(record))
+
+    def _extract_adapter(self, merged: Path, branches: Sequence[Model]) -> None:
+        """``adapter/`` and ``adapter_error.json`` of a merge: its update since the run's own student."""
+        settings, lora = self.recipe.merged_adapter, self.recipe.lora
+        assert settings is not None
+        assert lora is not None
+        error = adapters.extract_adapter(
+            self.student_path,
+            merged / "checkpoint",
+            merged / "adapter",
+            tensors=adapters.adapted_tensors([branch.adapter for branch in branches if branch.adapter]),
+            rank=settings.r or lora.r,
+            base_name=self.recipe.student,
+            seed=self.recipe.seed,
+        )
+        rundir.write_json(merged / "adapter_error.json", error)
+        self.say(f"merged adapter: rank {error['rank']}, relative error {error['relative_error']:.3g}")
 
     def evaluate(self, number: int, models: Mapping[str, Model]) -> None:
         """``round_NN/evaluation.json``: one entry per checkpoint, each written when it is known."""
