@@ -1,5 +1,6 @@
 """The ``motkit`` command: arguments in, tables out. No logic; heavy imports inside the commands."""
 
+import itertools
 import shutil
 import sys
 from collections.abc import Sequence
@@ -327,9 +328,13 @@ def _print_plan(plan: Sequence[Any], folder: Path, as_json: bool) -> None:
         ]
         for stage in plan
     ]
-    total = sum(stage.disk_bytes or 0 for stage in plan if stage.action != "skip")
+    changes = [stage.disk_bytes or 0 for stage in plan if stage.action != "skip"]
+    total = sum(change for change in changes if change > 0)
     _print_table(f"{folder}: what would be done", ["stage", "action", "rows", "steps", "≈ tokens", "disk"], rows)
     click.echo(f"disk to be written: {_bytes(total) or '0 MB'}, and a branch's resumable checkpoints while it trains")
+    if any(change < 0 for change in changes):
+        most = max(itertools.accumulate(changes))
+        click.echo(f"of it at one time at most {_bytes(most) or '0 MB'}, in the end {_bytes(sum(changes)) or '0 MB'}")
 
 
 def _print_summary(table: "pandas.DataFrame", folder: Path, as_json: bool) -> None:
@@ -404,4 +409,6 @@ def _count(value: Any) -> str:
 def _bytes(value: int | None) -> str:
     if not value:
         return ""
+    if value < 0:
+        return f"−{_bytes(-value)}"
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"

@@ -113,6 +113,7 @@ def run_rounds(
             branches = {name: now.train_branch(number, name, student, rows[name]) for name in recipe.branch_names}
             merged = now.merge(number, student, branches)
             now.evaluate(number, {**branches, "merged": merged})
+            now.prune(number, merged)
             student = merged
         if last == recipe.rounds:
             now.publish(last, student)
@@ -130,7 +131,7 @@ class Model:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage would do: ``run``, ``resume`` or ``skip``."""
+    """What a stage would do: ``run``, ``resume``, ``skip`` or ``prune``, which frees disk: negative bytes."""
 
     stage: str
     action: str
@@ -170,7 +171,10 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
         report = now.prepared_before() or now.filtered().report
     finally:
         now.close()
-    steps, size = recipe.train["max_steps"], now.parameters * 4
+    steps, size = recipe.train["max_steps"], (now.parameters + now.adapter_parameters) * 4
+    merged_bytes = now.parameters * _BYTES[recipe.precision.carry]
+    if recipe.merged_adapter is not None and recipe.lora is not None:
+        merged_bytes += now.adapter_parameters * 4 * (recipe.merged_adapter.r or recipe.lora.r) // recipe.lora.r
     plan = [
         StagePlan(
             "traces",
@@ -218,10 +222,20 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
             StagePlan(
                 folder.relative(folder.merged(number)),
                 "skip" if rundir.read_done(folder.merged(number)) else "run",
-                disk_bytes=now.parameters * _BYTES[recipe.precision.carry],
+                disk_bytes=merged_bytes,
             )
         )
         evaluation(number, [*recipe.branch_names, "merged"])
+        if _is_pruned(recipe, number):
+            records = [rundir.read_done(folder.branch(number, name)) for name in recipe.branch_names]
+            whole = sum(not (record and record["pruned"]) for record in records)
+            plan.append(
+                StagePlan(
+                    f"{folder.relative(folder.round(number))}/branches/*/checkpoint",
+                    "prune" if whole else "skip",
+                    disk_bytes=-now.parameters * 4 * whole or None,
+                )
+            )
     if last == recipe.rounds:
         plan.append(
             StagePlan(
@@ -515,6 +529,7 @@ class _Run:
         record = self._done(folder, inputs)
         if record is None:
             rundir.require_space(folder, self.parameters * _BYTES[carry], "the merge")
+            self._require_unpruned(list(branches.values()), self.folder.relative(folder))
             for model in (student, *branches.values()):
                 self._verify(model)
             self._say_stage(folder, "runs")
@@ -569,6 +584,7 @@ class _Run:
             inputs = self._evaluation_inputs(model)
             if entries.get(name, {}).get("inputs") == inputs:
                 continue
+            self._require_unpruned([model], self.folder.relative(file))
             self._verify(model)
             self._say_stage(file, f"scores {name}")
             scores = evaluate.evaluate_checkpoint(
@@ -588,6 +604,27 @@ class _Run:
     def _judge_student(self, pairs: Sequence[tuple[SeedProblem, str]]) -> list[Verdict]:
         verifier = self.verifier(self.recipe.evaluation_verifier)
         return verifier.many(Answer(problem, response) for problem, response in pairs)
+
+    def prune(self, number: int, merged: Model) -> None:
+        """After a round is merged and scored: delete the branch checkpoints that ``keep_branches`` does not keep."""
+        if not _is_pruned(self.recipe, number):
+            return
+        stages = [self.folder.branch(number, name) for name in self.recipe.branch_names]
+        if any((stage / "checkpoint").exists() for stage in stages):
+            self._verify(merged)  # what is left of them must be sound
+        for stage in stages:
+            if rundir.prune_checkpoint(stage):
+                self._say_stage(stage, f"checkpoint pruned (keep_branches: {self.recipe.keep_branches})")
+
+    def _require_unpruned(self, models: Sequence[Model], what: str) -> None:
+        pruned = [
+            str(model.path.parent) for model in models if (rundir.read_done(model.path.parent) or {}).get("pruned")
+        ]
+        if pruned:
+            raise UserError(
+                f"{what}: must be made again, but its branches' checkpoints were pruned (keep_branches); delete "
+                f"{' '.join(pruned)} and run the same command: they are trained again, to the same bytes"
+            )
 
     def publish(self, number: int, student: Model) -> None:
         """Stage ``round_NN/published``: the student in ``precision.publish`` with its card; ``final`` points to it."""
@@ -754,6 +791,11 @@ def _is_installed(package: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
+
+
+def _is_pruned(recipe: Recipe, number: int) -> bool:
+    """Whether a finished round's branch checkpoints are deleted."""
+    return recipe.keep_branches == "none" or (recipe.keep_branches == "last" and number < recipe.rounds)
 
 
 def _hash_if_changed(path: Path, recorded: Mapping[str, Any] | None) -> dict[str, Any]:

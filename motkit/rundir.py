@@ -32,6 +32,8 @@ _STORAGE_ERRNOS = {
     errno.EIO: "the disk reports an input/output error; check it or choose another folder",
 }
 
+_PRUNED = "pruned.json"  # in a stage whose checkpoint was deleted on purpose
+
 
 @contextlib.contextmanager
 def storage_errors(where: Path) -> Iterator[None]:
@@ -254,9 +256,14 @@ def write_done(folder: Path, inputs: Mapping[str, Any], **details: Any) -> dict[
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:
-    """The completion record of a stage; None if it is not done (or its record cannot be read)."""
+    """The completion record of a stage; None if it is not done (or its record cannot be read).
+
+    ``pruned`` is True in it once `prune_checkpoint` has begun on the stage.
+    """
     record = read_json(folder / "done.json")
-    return record if "outputs" in record else None
+    if "outputs" not in record:
+        return None
+    return {**record, "pruned": (folder / _PRUNED).is_file()}
 
 
 def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | None:
@@ -266,6 +273,8 @@ def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | No
         hashes: read every file and compare its SHA-256; else only its size.
     """
     for name, recorded in record["outputs"].items():
+        if record.get("pruned") and name.startswith("checkpoint/"):
+            continue
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -275,6 +284,28 @@ def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | No
         if hashes and hash_file(path) != recorded["sha256"]:
             return f"{name} is not what was written (its SHA-256 differs)"
     return None
+
+
+def prune_checkpoint(folder: Path) -> bool:
+    """Delete the ``checkpoint/`` of a done stage and keep its record; returns whether there was anything to delete.
+
+    First the stage notes it (``pruned.json``), then the folder loses its name, then it is deleted: killed in between,
+    the stage counts as pruned and the next call finishes.
+    """
+    checkpoint, doomed = folder / "checkpoint", folder / "checkpoint.pruned"
+    if not checkpoint.exists() and not doomed.exists():
+        return False
+    with storage_errors(folder):
+        if not (folder / _PRUNED).is_file():
+            sizes = [path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()]
+            write_json(folder / _PRUNED, {"pruned": True, "freed_bytes": sum(sizes)})
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        if checkpoint.exists():
+            os.rename(checkpoint, doomed)
+            sync(folder)
+            shutil.rmtree(doomed)
+    return True
 
 
 def set_aside(folder: Path) -> Path:
