@@ -1,4 +1,4 @@
-"""LoRA adapters as files: what a peft adapter folder holds, base + update exactly, and one adapter out of an update.
+"""LoRA adapters as files: what a peft folder holds, base + update exactly, and one adapter out of an update.
 
 An adapter says of each module that it targets: W → W + s·B·A with factors B (rows, r), A (r, columns) and a scaling s.
 Averaging B and A on their own is not averaging the updates, because a product is not linear in both; here the update
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from motkit.checkpoint import copy_tokenizer
 from motkit.errors import UserError
-from motkit.merge_inputs import Checkpoint, TensorRecord, listed, read_checkpoint, read_header, read_json
+from motkit.merge_inputs import Checkpoint, listed, read_checkpoint, read_header, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -271,20 +271,21 @@ def extract_adapter(
     per_tensor: dict[str, float] = {}
     total = missed = outside = 0.0
 
-    def load(record: TensorRecord, name: str) -> torch.Tensor:
-        with safe_open(record.file, framework="pt") as file:
-            return file.get_tensor(name).double()
-
     wanted = set(tensors)
     for name, record in sorted(after.tensors.items()):
         if name not in before.tensors or not record.is_float:
             continue
-        update = load(record, name) - load(before.tensors[name], name)
+        with (
+            safe_open(before.tensors[name].file, framework="pt") as old,
+            safe_open(record.file, framework="pt") as new,
+        ):
+            if name not in wanted:
+                size = _distance(old.get_slice(name), new.get_slice(name), record.shape)
+                total, outside = total + size, outside + size
+                continue
+            update = new.get_tensor(name).double() - old.get_tensor(name).double()
         size = float(update.square().sum())
         total += size
-        if name not in wanted:
-            outside += size
-            continue
         left, right = _truncated(update, min(rank, *update.shape), seed)
         # What is written is float32; rows are filled up so that one rank serves every module.
         left, right = left.float(), right.float()
@@ -303,6 +304,15 @@ def extract_adapter(
         "outside": math.sqrt(outside / total) if total else 0.0,
         "per_tensor": per_tensor,
     }
+
+
+def _distance(old: Any, new: Any, shape: Sequence[int]) -> float:
+    """Σ (new − old)² of two slices of safetensors, in float64, a few rows at a time: an embedding may be large."""
+    if not shape:
+        return float((new[...].double() - old[...].double()).square())
+    rows = max(1, (1 << 22) // max(math.prod(shape[1:]), 1))
+    pieces = ((start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
+    return math.fsum(float((new[a:b].double() - old[a:b].double()).square().sum()) for a, b in pieces)
 
 
 def _truncated(update: "torch.Tensor", rank: int, seed: int) -> "tuple[torch.Tensor, torch.Tensor]":

@@ -134,7 +134,13 @@ def generate_command(
 @click.argument("config")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="Checkpoint for $student: the merge's base model.")
-@click.option("--branch", "branches", type=click.Path(path_type=Path), multiple=True, help="Checkpoint; repeat it.")
+@click.option(
+    "--branch",
+    "branches",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Checkpoint or LoRA adapter; repeat it.",
+)
 @click.option("--dtype", help="Type of the written weights, instead of the config's out_dtype.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of methods that draw at random.")
 @click.option("--device", default="cpu", show_default=True, help="Where the arithmetic is done.")
@@ -149,7 +155,10 @@ def merge_command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Merge checkpoints as the mergekit CONFIG says (a path or a bundled name: mot, linear, ties, …) into OUT."""
+    """Merge checkpoints as the mergekit CONFIG says (a path or a bundled name: mot, linear, ties, …) into OUT.
+
+    A branch may be a LoRA adapter of peft's, trained on --base: it stands for base + scaling·B·A.
+    """
     from motkit.merge import merge_checkpoints
 
     report = merge_checkpoints(

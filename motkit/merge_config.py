@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from motkit.bundle import bundled_files
-from motkit.checkpoint import find_checkpoint
+from motkit.checkpoint import find_checkpoint, pruned_fault
 from motkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -426,6 +426,8 @@ def fetch(reference: Any) -> Any:
         return reference
     name, _, revision = path.partition("@")
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name):
+        if pruned_fault(Path(path)):
+            raise UserError(pruned_fault(Path(path)))
         raise UserError(f"{path}: no such checkpoint folder; give an existing path or a hub id such as Qwen/Qwen3-8B")
     if revision:
         raise UserError(f"{path}: a revision cannot be asked for here; download it and give the folder")

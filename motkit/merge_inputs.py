@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from motkit.checkpoint import safetensors_header
+from motkit.checkpoint import pruned_fault, safetensors_header
 from motkit.errors import UserError
 from motkit.rundir import hash_file
 
@@ -123,7 +123,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             single file side by side. All faults at once.
     """
     if not path.is_dir():
-        raise UserError(f"{path}: expected a checkpoint folder, got a file")
+        raise UserError(pruned_fault(path) or f"{path}: expected a checkpoint folder, got a file")
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             raise UserError(

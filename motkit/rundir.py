@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from motkit.checkpoint import PRUNED
 from motkit.errors import UserError
 
 _STORAGE_ERRNOS = {
@@ -31,8 +32,6 @@ _STORAGE_ERRNOS = {
     errno.EFBIG: "the file is larger than this account or file system allows; raise the limit or choose another folder",
     errno.EIO: "the disk reports an input/output error; check it or choose another folder",
 }
-
-_PRUNED = "pruned.json"  # in a stage whose checkpoint was deleted on purpose
 
 
 @contextlib.contextmanager
@@ -263,7 +262,7 @@ def read_done(folder: Path) -> dict[str, Any] | None:
     record = read_json(folder / "done.json")
     if "outputs" not in record:
         return None
-    return {**record, "pruned": (folder / _PRUNED).is_file()}
+    return {**record, "pruned": (folder / PRUNED).is_file()}
 
 
 def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | None:
@@ -296,9 +295,9 @@ def prune_checkpoint(folder: Path) -> bool:
     if not checkpoint.exists() and not doomed.exists():
         return False
     with storage_errors(folder):
-        if not (folder / _PRUNED).is_file():
+        if not (folder / PRUNED).is_file():
             sizes = [path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()]
-            write_json(folder / _PRUNED, {"pruned": True, "freed_bytes": sum(sizes)})
+            write_json(folder / PRUNED, {"pruned": True, "freed_bytes": sum(sizes)})
         if doomed.exists():
             shutil.rmtree(doomed)
         if checkpoint.exists():

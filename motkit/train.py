@@ -3,10 +3,13 @@
 The only module that runs TRL. Full fine-tuning: weights, gradients and optimizer in float32, with bfloat16 autocast on
 a GPU that has it (paper: not stated; float32 master weights are what the merge needs).
 
-With ``lora`` the student stays frozen and adapters are trained on it. Such a branch leaves both the adapter and a whole
-checkpoint, base + update rounded once to float32: evaluation, every merge method and the analyses read checkpoints, and
-``mot`` averages the adapters' updates themselves, so that the rounding of the checkpoints never enters the merge. The
-checkpoints take the disk of full fine-tuning while they stay; ``keep_branches`` prunes them, the adapters remain.
+With ``lora`` the student stays frozen and adapters are trained on it, new ones in every round: the merge has become
+part of the student. All branches of a round begin with the same random A (their seed is the same) and B = 0.
+
+Such a branch leaves both the adapter and a whole checkpoint, base + update rounded once to float32: evaluation, every
+merge method and the analyses read checkpoints, and ``mot`` averages the adapters' updates themselves, so that the
+rounding of the checkpoints never enters the merge. The checkpoints take the disk of full fine-tuning while they stay;
+``keep_branches`` prunes them, the adapters remain.
 """
 
 import contextlib

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import motkit
 from motkit.errors import UserError
 from motkit.rounds import plan_rounds
-from motkit.rundir import hash_tree
+from motkit.rundir import hash_file, hash_tree
 from motkit.summary import summarise
 
 HERE = Path(__file__).parent
@@ -411,6 +411,54 @@ def test_a_killed_run_of_adapters_goes_on_to_the_same_bytes(whole_lora, tmp_path
     if moment == "training":
         assert "round_01/branches/wordy: resumes at step 2" in said
     assert weights(tmp_path / "run") == weights(folder)
+
+
+@pytest.mark.slow
+def test_other_methods_take_the_adapters_checkpoints(tmp_path, make_pico):
+    recipe = write_experiment(tmp_path, make_pico, LORA.replace("merge: mot", "merge: ties"))
+    run(recipe, tmp_path / "run", "rounds=1", "evaluate=null", "merged_adapter=null")
+    stages = [tmp_path / "run/round_01/branches" / name for name in ("plain", "wordy")]
+    again = tmp_path / "again"
+    motkit.merge_checkpoints(
+        "ties",
+        again,
+        base=tmp_path / "student",
+        branches=[stage / "adapter" for stage in stages],
+        out_dtype="float32",
+        quiet=True,
+    )
+    merged = tmp_path / "run/round_01/merged/checkpoint"
+    assert hash_file(again / "model.safetensors") == hash_file(merged / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_pruned_checkpoint_is_made_again_from_its_adapter(whole_lora, tmp_path):
+    recipe, folder, _, _ = whole_lora
+    run(recipe, tmp_path / "run", "keep_branches=none", rounds=1)
+    stage = tmp_path / "run/round_01/branches/plain"
+    with pytest.raises(UserError, match=r"was pruned .*its adapter is there: 'motkit merge mot OUT --base START"):
+        motkit.merge_checkpoints(
+            "mot", tmp_path / "out", base=recipe.parent / "student", branches=[stage / "checkpoint"], quiet=True
+        )
+    motkit.merge_checkpoints(
+        "mot",
+        tmp_path / "out",
+        base=recipe.parent / "student",
+        branches=[stage / "adapter"],
+        out_dtype="float32",
+        quiet=True,
+    )
+    before = folder / "round_01/branches/plain/checkpoint/model.safetensors"
+    assert hash_file(tmp_path / "out/model.safetensors") == hash_file(before)
+
+
+@pytest.mark.slow
+def test_the_plan_of_adapters_says_what_is_written(whole_lora, tmp_path):
+    recipe, folder, _, _ = whole_lora
+    plan = {entry.stage: entry for entry in plan_rounds(motkit.load_recipe(recipe), tmp_path / "run")}
+    for stage in ("round_01/branches/plain", "round_02/merged"):
+        written = sum(path.stat().st_size for path in (folder / stage).rglob("*.safetensors"))
+        assert plan[stage].disk_bytes == pytest.approx(written, rel=0.1)  # headers of small files
 
 
 @pytest.mark.slow
