@@ -241,7 +241,7 @@ def write_adapter(out: Path, config: Any, factors: Mapping[str, "torch.Tensor"],
     values = {**config.to_dict(), "base_model_name_or_path": base_name, "inference_mode": True}
     # peft writes its sets in the order of the process's hash seed.
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
-    text = json.dumps(values, indent=2, sort_keys=True, default=str) + "\n"
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
     (out / CONFIG).write_text(text, encoding="utf-8")
 
 

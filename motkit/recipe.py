@@ -287,8 +287,6 @@ class Lora(_Section):
 
 # Further fields of LoraConfig, with why a branch does not have them.
 _UNSUPPORTED_LORA_FIELDS = {
-    **dict.fromkeys(["lora_alpha"], "here it is 'alpha'"),
-    **dict.fromkeys(["lora_dropout"], "here it is 'dropout'"),
     **dict.fromkeys(
         ["modules_to_save", "trainable_token_indices"],
         "an adapter branch trains its adapters only; train the whole student without 'lora'",
@@ -569,7 +567,12 @@ def _lora_faults(lora: Any) -> list[str]:
         return []
     if not isinstance(lora, dict):
         return [f"train.lora: got {lora!r}, expected a mapping such as {{r: 8, alpha: 16}}"]
+    renamed = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
     faults = [
+        f"train.lora.{key}: here it is called '{ours}'; rename it" for key, ours in renamed.items() if key in lora
+    ]
+    lora = {key: value for key, value in lora.items() if key not in renamed}
+    faults += [
         f"train.lora.{key}: not supported: {_UNSUPPORTED_LORA_FIELDS[key]}; remove it"
         for key in lora
         if key in _UNSUPPORTED_LORA_FIELDS

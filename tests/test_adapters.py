@@ -354,6 +354,14 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(make_pico, tmp_path, fa
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_of_fused_experts_is_refused(make_pico, tmp_path):
+    student = make_pico("qwen3_moe", tmp_path / "student")
+    adapter = make_adapter(student, tmp_path / "a", target_modules="all-linear")
+    with pytest.raises(UserError, match=r"fused expert parameters|mlp\.experts"):
+        merge_checkpoints("mot", tmp_path / "out", base=student, branches=[adapter], quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_ranks_and_alphas_of_single_modules_count(make_pico, tmp_path):
     import peft
 

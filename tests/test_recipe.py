@@ -138,7 +138,7 @@ def test_faults_of_adapters_are_reported_at_once(write):
     for expected in (
         "train.lora.r: got 0, input should be greater than or equal to 1",
         "train.lora.alpha: got 'big', input should be a valid integer",
-        "train.lora.lora_dropout: not supported: here it is 'dropout'; remove it",
+        "train.lora.lora_dropout: here it is called 'dropout'; rename it",
         "train.lora.target_module: unknown key; did you mean 'target_modules'?",
         "train.lora.use_dora: not supported: the merge averages updates of the form scaling·B·A",
         "train.lora.bias: not supported: biases stay frozen",
