@@ -1,5 +1,6 @@
 """The ``motkit`` command: arguments in, tables out. No logic; heavy imports inside the commands."""
 
+import itertools
 import shutil
 import sys
 from collections.abc import Sequence
@@ -133,7 +134,13 @@ def generate_command(
 @click.argument("config")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="Checkpoint for $student: the merge's base model.")
-@click.option("--branch", "branches", type=click.Path(path_type=Path), multiple=True, help="Checkpoint; repeat it.")
+@click.option(
+    "--branch",
+    "branches",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Checkpoint or LoRA adapter; repeat it.",
+)
 @click.option("--dtype", help="Type of the written weights, instead of the config's out_dtype.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of methods that draw at random.")
 @click.option("--device", default="cpu", show_default=True, help="Where the arithmetic is done.")
@@ -148,7 +155,10 @@ def merge_command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Merge checkpoints as the mergekit CONFIG says (a path or a bundled name: mot, linear, ties, …) into OUT."""
+    """Merge checkpoints as the mergekit CONFIG says (a path or a bundled name: mot, linear, ties, …) into OUT.
+
+    A branch may be a LoRA adapter of peft's, trained on --base: it stands for base + scaling·B·A.
+    """
     from motkit.merge import merge_checkpoints
 
     report = merge_checkpoints(
@@ -482,9 +492,13 @@ def _print_plan(plan: Sequence[Any], folder: Path, as_json: bool) -> None:
         ]
         for stage in plan
     ]
-    total = sum(stage.disk_bytes or 0 for stage in plan if stage.action != "skip")
+    changes = [stage.disk_bytes or 0 for stage in plan if stage.action != "skip"]
+    total = sum(change for change in changes if change > 0)
     _print_table(f"{folder}: what would be done", ["stage", "action", "rows", "steps", "≈ tokens", "disk"], rows)
     click.echo(f"disk to be written: {_bytes(total) or '0 MB'}, and a branch's resumable checkpoints while it trains")
+    if any(change < 0 for change in changes):
+        most = max(itertools.accumulate(changes))
+        click.echo(f"of it at one time at most {_bytes(most) or '0 MB'}, in the end {_bytes(sum(changes)) or '0 MB'}")
 
 
 def _print_summary(table: "pandas.DataFrame", folder: Path, as_json: bool) -> None:
@@ -663,4 +677,6 @@ def _count(value: Any) -> str:
 def _bytes(value: int | None) -> str:
     if not value:
         return ""
+    if value < 0:
+        return f"−{_bytes(-value)}"
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"

@@ -4,6 +4,9 @@ A merge config is mergekit YAML with two placeholders, ``$student`` (where the r
 entry becomes one per branch). ``merge_checkpoints`` runs it in five steps: resolve the config, read every input's
 headers, check them against one another, merge, check and publish the result.
 
+A LoRA adapter as a branch stands for base + scaling·B·A. Plain ``mot`` adds the averaged updates to the base in float64
+and rounds once; for every other method each such branch is written out first, in float32, and merged like any other.
+
 Plain ``mot`` merges are streamed from file to file (`stream_mot`): memory does not grow with the model, every byte is
 read once, and NaN is found on the way. Everything else goes through mergekit's ``run_merge`` (`_run_mergekit`). Both
 give the same bits for ``mot``.
@@ -27,9 +30,11 @@ from typing import Any
 
 import yaml
 
+from motkit.adapters import Adapter, combined, is_adapter, materialise, read_adapter
 from motkit.checkpoint import TOKENIZER_FILES, copy_tokenizer
 from motkit.errors import UserError
 from motkit.merge_config import (
+    adapter_reference,
     check_contract,
     check_merge_config,
     fetch,
@@ -267,13 +272,13 @@ def _copy_donor_files(donor: Path, out: Path, inputs: Sequence[str], keep_tokeni
             shutil.copyfile(file, out / file.name)
 
 
-def _write_card(out: Path, name: str, config: dict[str, Any], donor: Path, inputs: Sequence[Checkpoint]) -> None:
+def _write_card(out: Path, name: str, config: dict[str, Any], donor: Path, inputs: Sequence[Path]) -> None:
     """``mergekit_config.yml``, and a README.md that says what was merged and how (without local paths)."""
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     (out / "mergekit_config.yml").write_text(text, encoding="utf-8")
     method, reference = config["merge_method"], method_spec(config["merge_method"]).reference_url
     source = f" ([source]({reference}))" if reference else ""
-    merged = "\n".join(f"- `{checkpoint.path.parent.name}/{checkpoint.path.name}`" for checkpoint in inputs)
+    merged = "\n".join(f"- `{path.parent.name}/{path.name}`" for path in inputs)
     card = f"""---
 library_name: transformers
 tags:
@@ -296,14 +301,17 @@ Config and tokenizer are those of `{donor.name}`. Merged were:
 
 @dataclass(frozen=True)
 class _MotSum:
-    """A ``mot`` merge as one sum for all tensors: Σ coefficient · input."""
+    """A ``mot`` merge as one sum for all tensors: Σ coefficient · input + Σ coefficient · adapter's update."""
 
     inputs: list[Checkpoint]
     coefficients: list[Fraction]
+    adapters: list[tuple[Fraction, Adapter]]
     out_dtype: str | None
 
 
-def _mot_sum(config: dict[str, Any], checkpoints: Mapping[str, Checkpoint]) -> _MotSum | None:
+def _mot_sum(
+    config: dict[str, Any], checkpoints: Mapping[str, Checkpoint], adapters: Mapping[tuple[str, str], Adapter]
+) -> _MotSum | None:
     """What `stream_mot` needs; None for a merge that needs mergekit (another method, filters, gradients, slices, …).
 
     Raises:
@@ -319,25 +327,79 @@ def _mot_sum(config: dict[str, Any], checkpoints: Mapping[str, Checkpoint]) -> _
     scale = shared.get("scale", 1.0)
     if any(isinstance(value, list | dict) or value is None for value in (*weights, scale)):
         return None
-    if any(reference_parts(entry["model"])[1] for entry in entries):
-        return None
 
     from motkit.merge_methods import mot_coefficients, round_dtype
 
     out_dtype = config.get("out_dtype")
     round_dtype(out_dtype)
     coefficients, rest = mot_coefficients([float(weight) for weight in weights], float(scale))
-    inputs = [checkpoints[model_path(entry["model"])] for entry in entries]
+    models = [entry["model"] for entry in entries]
     if rest:
         if base is None:
             raise UserError(f"mot: parameter scale: {scale} needs a base; set base_model or give --base")
-        inputs, coefficients = [*inputs, checkpoints[model_path(base)]], [*coefficients, rest]
+        models, coefficients = [*models, base], [*coefficients, rest]
+    # Adapters on one base count it once, with the sum of their coefficients: exactly 1 if there is nothing else.
+    shares: dict[str, Fraction] = {}
+    for model, coefficient in zip(models, coefficients, strict=True):
+        shares[model_path(model)] = shares.get(model_path(model), Fraction(0)) + coefficient
+    inputs, terms = [checkpoints[path] for path in shares], []
+    for model, coefficient in zip(models, coefficients, strict=True):
+        if reference_parts(model)[1]:
+            terms.append((coefficient, adapters[_adapter_key(model)]))
     if any(checkpoint.names != inputs[0].names for checkpoint in inputs):
         return None  # experts fused in one input and not in another, which mergekit converts
     exact = {None: None, "bfloat16": {"BF16"}, "float16": {"F16"}}.get(config.get("dtype"), set())
     if exact is not None and any(r.is_float and r.dtype not in exact for c in inputs for r in c.tensors.values()):
         return None  # mergekit casts the inputs to a narrower dtype first
-    return _MotSum(inputs, coefficients, out_dtype)
+    return _MotSum(inputs, list(shares.values()), terms, out_dtype)
+
+
+def _adapter_key(reference: Any) -> tuple[str, str]:
+    """(absolute path of the base, of the adapter)."""
+    return model_path(reference), os.path.abspath(str(reference_parts(reference)[1]))
+
+
+def _read_adapters(models: Sequence[Any], checkpoints: Mapping[str, Checkpoint]) -> dict[tuple[str, str], Adapter]:
+    """The adapters among the references, each read against its base."""
+    found, faults = {}, []
+    for key in dict.fromkeys(_adapter_key(model) for model in models if reference_parts(model)[1]):
+        try:
+            found[key] = read_adapter(Path(key[1]), checkpoints[key[0]])
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError(listed(faults))
+    return found
+
+
+def _write_out(
+    adapters: Mapping[tuple[str, str], Adapter], checkpoints: Mapping[str, Checkpoint], folder: Path, device: str
+) -> dict[tuple[str, str], Checkpoint]:
+    """Every adapter as a checkpoint of its own, base + update in float32."""
+    written = {}
+    for number, (key, adapter) in enumerate(adapters.items()):
+        out = folder / str(number)
+        out.mkdir(parents=True)
+        base = checkpoints[key[0]]
+        materialise(base, adapter, out, device=device)
+        _write_config(base.path, out, "float32")
+        copy_tokenizer(base.path, out)
+        written[key] = read_checkpoint(out)
+    return written
+
+
+def takes_adapters(config: Mapping[str, Any]) -> bool:
+    """Whether a merge config averages adapters without writing them out: plain ``mot`` over whole models."""
+    shared = config.get("parameters") or {}
+    settings = [shared, *((entry.get("parameters") or {}) for entry in config.get("models") or ())]
+    values = [value for setting in settings for value in setting.values()]
+    return (
+        config["merge_method"] == "mot"
+        and "models" in config
+        and not any(config.get(key) for key in ("tokenizer", "tokenizer_source", "chat_template"))
+        and str(config.get("dtype", "float32")).removeprefix("torch.") == "float32"
+        and not any(isinstance(value, list | dict) for value in values)
+    )
 
 
 def merge_checkpoints(
@@ -357,7 +419,7 @@ def merge_checkpoints(
         config: see `load_merge_config`.
         out: the folder to make; it must not exist.
         base: value of ``$student``, and donor of config and tokenizer.
-        branches: values of ``$branches``.
+        branches: values of ``$branches``: checkpoints, or folders of peft LoRA adapters trained on ``base``.
         out_dtype: dtype of the result: bfloat16, float16 or float32 (other methods than mot: also float64); None for
             the config's ``out_dtype``, else its ``dtype``, else the inputs' own.
         seed: for randomised methods (dare_ties, della): same seed, same bytes. The caller's random state is untouched.
@@ -377,7 +439,7 @@ def merge_checkpoints(
     loaded = load_merge_config(config)
     student = Path(base) if base is not None else None
     resolved = resolve_merge_config(
-        loaded, base=student, branches=[Path(branch) for branch in branches], out_dtype=out_dtype
+        loaded, base=student, branches=[_branch_reference(Path(b), student) for b in branches], out_dtype=out_dtype
     )
     resolved = map_models(resolved, fetch)
     # The donor of config and tokenizer comes first, also where mergekit must not see a base.
@@ -394,20 +456,41 @@ def merge_checkpoints(
     checkpoints = _read_inputs(
         [str(donor), *(path for path in merged_paths if path != str(donor))], whole_models, not maps_tokens
     )
-    mot = _mot_sum(resolved, checkpoints)
+    adapters = _read_adapters(models, checkpoints)
+    mot = _mot_sum(resolved, checkpoints, adapters)
     inputs = mot.inputs if mot is not None else [checkpoints[path] for path in merged_paths]
+    plain = {model_path(model) for model in models if not reference_parts(model)[1]}
+    listed_paths = {model_path(m) for m in references({**resolved, "base_model": None}) if not reference_parts(m)[1]}
+    named = [c.path for c in inputs if not adapters or str(c.path) in listed_paths]
+    named += [adapter.path for adapter in adapters.values()]
     with publish(out) as partial:
         if mot is not None:
-            bytes_read = stream_mot(mot.inputs, mot.coefficients, mot.out_dtype, partial, device=device, quiet=quiet)
+            bytes_read = stream_mot(
+                mot.inputs,
+                mot.coefficients,
+                mot.out_dtype,
+                partial,
+                device=device,
+                quiet=quiet,
+                updates=combined(mot.adapters),
+            ) + sum(adapter.num_bytes for _, adapter in mot.adapters)
         else:
+            scratch, runnable = partial / ".adapters", resolved
+            if adapters:
+                whole = _write_out(adapters, checkpoints, scratch, device)
+                inputs = [*(c for c in inputs if str(c.path) in plain), *whole.values()]
+                written = {key: local_reference(checkpoint.path) for key, checkpoint in whole.items()}
+                runnable = map_models(resolved, lambda r: written[_adapter_key(r)] if reference_parts(r)[1] else r)
             faults, bytes_read = non_finite(inputs, quiet, "Checking inputs")
             if faults:
                 raise UserError(listed(faults))
             bytes_read += sum(checkpoint.num_bytes for checkpoint in inputs)
-            _run_mergekit(resolved, inputs, partial, seed, device, quiet)
+            _run_mergekit(runnable, inputs, partial, seed, device, quiet)
+            if adapters:
+                shutil.rmtree(scratch)
         _write_config(donor, partial, _result_dtype(resolved, partial))
         _copy_donor_files(donor, partial, list(checkpoints), maps_tokens or bool(resolved.get("chat_template")))
-        _write_card(partial, out.name, resolved, donor, inputs)
+        _write_card(partial, out.name, resolved, donor, named)
         merged = read_checkpoint(partial)
         faults = _lost_tensors(checkpoints[str(donor)], merged, whole_models, maps_tokens)
         if not faults and mot is None:
@@ -420,13 +503,26 @@ def merge_checkpoints(
     return MergeReport(
         out=out,
         method=resolved["merge_method"],
-        num_inputs=len(inputs),
+        num_inputs=len(named),
         num_tensors=len(merged.tensors),
         parameters=sum(record.numel for record in merged.tensors.values()),
         bytes_read=bytes_read,
         bytes_written=merged.num_bytes,
         seconds=time.perf_counter() - started,
     )
+
+
+def _branch_reference(branch: Path, student: Path | None) -> Any:
+    """A branch as a model reference; an adapter is one on the base.
+
+    Raises:
+        UserError: an adapter without a base.
+    """
+    if not is_adapter(branch):
+        return branch
+    if student is None:
+        raise UserError(f"{branch}: a LoRA adapter, not a model; give the model that it was trained on with --base DIR")
+    return adapter_reference(student, branch)
 
 
 def _check_roles(config: dict[str, Any], student: Path | None, branches: Sequence[Path]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from motkit.bundle import bundled_files
-from motkit.checkpoint import find_checkpoint
+from motkit.checkpoint import find_checkpoint, pruned_fault
 from motkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -300,7 +300,7 @@ def _path_reference(path: Path) -> Any:
 
 
 def resolve_merge_config(
-    config: dict[str, Any], *, base: Path | None, branches: Sequence[Path], out_dtype: str | None
+    config: dict[str, Any], *, base: Path | None, branches: Sequence[Path | Mapping[str, Any]], out_dtype: str | None
 ) -> dict[str, Any]:
     """Put real models in the place of the placeholders, so that mergekit can run the result.
 
@@ -389,10 +389,11 @@ def _resolve_mot(config: dict[str, Any]) -> None:
 def reference_parts(reference: Any) -> tuple[str, str | None]:
     """(model path or id, LoRA path or None) of a mergekit model reference."""
     if isinstance(reference, dict):
-        model = reference.get("model")
-        path = model.get("path") if isinstance(model, dict) else model
-        lora = reference.get("lora")
-        return str(path), str(lora) if lora else None
+        model, lora = (
+            part.get("path") if isinstance(part, dict) else part
+            for part in (reference.get("model"), reference.get("lora"))
+        )
+        return str(model), str(lora) if lora else None
     path, _, lora = str(reference).partition("+")
     return path, lora or None
 
@@ -402,9 +403,16 @@ def model_path(reference: Any) -> str:
     return os.path.abspath(reference_parts(reference)[0])
 
 
-def local_reference(path: Path) -> Any:
-    """A model reference for a path that a user gave; a hub id stays what it is."""
-    return _absolute(str(path), Path.cwd())
+def local_reference(path: Path | Mapping[str, Any]) -> Any:
+    """A model reference for a path that a user gave; a hub id, or what is a reference already, stays what it is."""
+    return _plain(path) if isinstance(path, Mapping) else _absolute(str(path), Path.cwd())
+
+
+def adapter_reference(base: Path, adapter: Path) -> dict[str, Any]:
+    """mergekit's reference to a LoRA adapter on its base (``base+adapter``), safe for every name of a folder."""
+    found = local_reference(base)
+    model = found["model"]["path"] if isinstance(found, dict) else found
+    return {"model": {"path": model}, "lora": {"path": os.path.abspath(adapter)}}
 
 
 def fetch(reference: Any) -> Any:
@@ -418,11 +426,13 @@ def fetch(reference: Any) -> Any:
         return reference
     name, _, revision = path.partition("@")
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name):
+        if pruned_fault(Path(path)):
+            raise UserError(pruned_fault(Path(path)))
         raise UserError(f"{path}: no such checkpoint folder; give an existing path or a hub id such as Qwen/Qwen3-8B")
     if revision:
         raise UserError(f"{path}: a revision cannot be asked for here; download it and give the folder")
     local = find_checkpoint(name)
-    return f"{local}+{lora}" if lora else _path_reference(local)
+    return adapter_reference(local, Path(lora)) if lora else _path_reference(local)
 
 
 def check_contract(config: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ against the working folder, because a person typed them there. All faults of a r
 together in one `UserError`, a line each.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -129,7 +130,8 @@ PLACEMENT_ARGS = frozenset(
 )
 # Settings of a teacher of the same kind: a run goes on when they change.
 _PLACEMENT = re.compile(
-    r"evaluate\.python|teachers\.\d+\.(base_url|api_key_env|concurrency|timeout_s|max_retries|batch_size|serve|python|"
+    r"keep_branches|evaluate\.python|"
+    r"teachers\.\d+\.(base_url|api_key_env|concurrency|timeout_s|max_retries|batch_size|serve|python|"
     rf"max_response_bytes|price_per_million_tokens\..*|engine_args\.({'|'.join(sorted(PLACEMENT_ARGS))}))"
 )
 
@@ -266,6 +268,54 @@ class TraceFilter(_Section):
         return _without_fault(verifier, verifier_fault(verifier) if isinstance(verifier, str) else None)
 
 
+class Lora(_Section):
+    """A branch trains adapters on the frozen student: W + (alpha / r)·B·A per targeted module (arXiv 2106.09685).
+
+    Fields of peft's LoraConfig, without the prefix of ``lora_alpha`` and ``lora_dropout``. ``r`` and ``alpha`` default
+    as there; ``target_modules`` defaults to all linear layers but the output head, where peft asks or guesses.
+    """
+
+    r: int = Field(default=8, ge=1, description="rank")
+    alpha: int = Field(default=8, ge=1, description="the update is scaled by alpha / r")
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="of what goes into A, while training")
+    target_modules: str | tuple[str, ...] = Field(
+        default="all-linear", min_length=1, description="'all-linear', a list of names, or a regular expression"
+    )
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: int | tuple[int, ...] | None = None
+    use_rslora: bool = Field(default=False, description="scale by alpha / √r (arXiv 2312.03732)")
+
+
+# Further fields of LoraConfig, with why a branch does not have them.
+_UNSUPPORTED_LORA_FIELDS = {
+    **dict.fromkeys(
+        ["modules_to_save", "trainable_token_indices"],
+        "an adapter branch trains its adapters only; train the whole student without 'lora'",
+    ),
+    **dict.fromkeys(["bias", "lora_bias"], "biases stay frozen"),
+    **dict.fromkeys(
+        ["use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "kasa_config", "monteclora_config"],
+        "the merge averages updates of the form scaling·B·A, which this is not",
+    ),
+    **dict.fromkeys(
+        ["init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"],
+        "adapters begin at zero (peft's default): other beginnings change the frozen weights",
+    ),
+    **dict.fromkeys(["target_parameters"], "adapters on fused expert parameters cannot be merged here yet"),
+    **dict.fromkeys(["rank_pattern", "alpha_pattern"], "one rank and one alpha for every module"),
+    **dict.fromkeys(["task_type", "inference_mode", "base_model_name_or_path"], "motkit sets this field itself"),
+}
+
+
+class MergedAdapter(_Section):
+    """The merged update once more, as one adapter: truncated by singular values, which loses something.
+
+    ``r``: its rank; default: that of ``train.lora``. The exact update has up to K·r after one round.
+    """
+
+    r: int | None = Field(default=None, ge=1)
+
+
 class Precision(_Section):
     """Storage types of weights: between rounds, and of the published student."""
 
@@ -355,7 +405,11 @@ class Recipe(_Section):
     rounds: int = Field(ge=1)
     train: dict[str, Any]
     merge: str | dict[str, Any] = "mot"
+    merged_adapter: MergedAdapter | None = Field(default=None, description="true, or {r: N}; goes with train.lora")
     precision: Precision = Precision()
+    keep_branches: Literal["all", "last", "none"] = Field(
+        default="all", description="whose branch checkpoints stay on the disk once their round is finished"
+    )
     evaluate: Evaluation | None = None
     seed: int = Field(default=42, ge=0, lt=2**31)
 
@@ -365,6 +419,26 @@ class Recipe(_Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"teachers: the name {', '.join(twice)} is used more than once")
+        return self
+
+    @field_validator("train")
+    @classmethod
+    def _full_lora(cls, train: dict[str, Any]) -> dict[str, Any]:
+        """``lora`` with its defaults written out, so that the record says what was trained."""
+        with contextlib.suppress(ValidationError):  # load_recipe reports its faults
+            if train.get("lora") is not None:
+                return {**train, "lora": Lora.model_validate(train["lora"]).model_dump(mode="json")}
+        return {key: value for key, value in train.items() if key != "lora" or value is not None}
+
+    @field_validator("merged_adapter", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: Any) -> Any:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _adapters_to_merge(self) -> "Recipe":
+        if self.merged_adapter is not None and "lora" not in self.train:
+            raise ValueError("merged_adapter: goes with 'train.lora': a merge of whole students is no low-rank update")
         return self
 
     @field_validator("problems")
@@ -384,6 +458,11 @@ class Recipe(_Section):
         """What judges the student's answers: the same as the teachers', unless that is ``none``."""
         own = self.evaluate.verifier if self.evaluate else None
         return own or (self.filter.verifier if self.filter.verifier != "none" else "math")
+
+    @property
+    def lora(self) -> Lora | None:
+        """How branches train adapters; None if they train the whole student."""
+        return Lora.model_validate(self.train["lora"]) if "lora" in self.train else None
 
     @property
     def branch_names(self) -> tuple[str, ...]:
@@ -410,7 +489,8 @@ class Recipe(_Section):
     def differences(self, other: "Recipe") -> list[str]:
         """``field: theirs → ours`` for every field that differs from ``other``.
 
-        Where a teacher's endpoint is and how fast it is asked is no part of the experiment and is left out.
+        Where a teacher's endpoint is, how fast it is asked and which branches stay on the disk is no part of the
+        experiment and is left out.
         """
         ours, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
         return [
@@ -535,7 +615,9 @@ def _train_faults(train: Mapping[str, Any]) -> list[str]:
     faults = []
     fields = sft_config_fields()
     for key, value in train.items():
-        if key in _RESERVED_TRAIN_FIELDS:
+        if key == "lora":
+            faults += _lora_faults(value)
+        elif key in _RESERVED_TRAIN_FIELDS:
             faults.append(f"train.{key}: motkit sets this field itself; remove it: {_RESERVED_TRAIN_FIELDS[key]}")
         elif key not in fields:
             faults.append(f"train.{key}: not a field of TRL's SFTConfig{_nearest(key, fields)}")
@@ -549,6 +631,33 @@ def _train_faults(train: Mapping[str, Any]) -> list[str]:
     elif isinstance(steps, int) and steps < 1:
         faults.append(f"train.max_steps: got {steps!r}, expected a whole number of at least 1")
     return faults
+
+
+def _lora_faults(lora: Any) -> list[str]:
+    if lora is None:
+        return []
+    if not isinstance(lora, dict):
+        return [f"train.lora: got {lora!r}, expected a mapping such as {{r: 8, alpha: 16}}"]
+    renamed = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
+    faults = [
+        f"train.lora.{key}: here it is called '{ours}'; rename it" for key, ours in renamed.items() if key in lora
+    ]
+    lora = {key: value for key, value in lora.items() if key not in renamed}
+    faults += [
+        f"train.lora.{key}: not supported: {_UNSUPPORTED_LORA_FIELDS[key]}; remove it"
+        for key in lora
+        if key in _UNSUPPORTED_LORA_FIELDS
+    ]
+    try:
+        Lora.model_validate({key: value for key, value in lora.items() if key not in _UNSUPPORTED_LORA_FIELDS})
+    except ValidationError as error:
+        for fault in error.errors():
+            key = str(fault["loc"][0])
+            if fault["type"] == "extra_forbidden":
+                faults.append(f"train.lora.{key}: unknown key{_nearest(key, Lora.model_fields)}")
+            else:
+                faults.append(f"train.lora.{key}: got {fault['input']!r}, {fault['msg'][0].lower()}{fault['msg'][1:]}")
+    return list(dict.fromkeys(faults))
 
 
 def _report_to_faults(targets: Any) -> list[str]:

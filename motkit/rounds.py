@@ -18,8 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from motkit import adapters, generate, importing, merge, publish, rundir, train
 from motkit import checkpoint as checkpoints
-from motkit import generate, importing, merge, publish, rundir, train
 from motkit.errors import UserError
 from motkit.filter import LOSSES, PreparedTraces, filter_traces
 from motkit.meter import Meter
@@ -52,6 +52,7 @@ _PACKAGES = (
     "datasets",
     "math-verify",
     "tokenizers",
+    "peft",
     "numpy",
     "pandas",
     "pydantic",
@@ -115,6 +116,7 @@ def run_rounds(
             branches = {name: now.train_branch(number, name, student, rows[name]) for name in recipe.branch_names}
             merged = now.merge(number, student, branches)
             now.evaluate(number, {**now.between(number), **branches, "merged": merged})
+            now.prune(number, merged)
             student = merged
         if last == recipe.rounds:
             now.publish(last, student)
@@ -127,11 +129,12 @@ class Model:
 
     path: Path
     digest: str
+    adapter: Path | None = None  # of a branch that trained one
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage would do: ``run``, ``resume`` or ``skip``."""
+    """What a stage would do: ``run``, ``resume``, ``skip`` or ``prune``, which frees disk: negative bytes."""
 
     stage: str
     action: str
@@ -171,7 +174,10 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
         report = now.prepared_before() or now.filtered().report
     finally:
         now.close()
-    steps, size = recipe.train["max_steps"], now.parameters * 4
+    steps, size = recipe.train["max_steps"], (now.parameters + now.adapter_parameters) * 4
+    merged_bytes = now.parameters * _BYTES[recipe.precision.carry]
+    if recipe.merged_adapter is not None and recipe.lora is not None:
+        merged_bytes += now.adapter_parameters * 4 * (recipe.merged_adapter.r or recipe.lora.r) // recipe.lora.r
     plan = [
         StagePlan(
             "traces",
@@ -218,10 +224,20 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
             StagePlan(
                 folder.relative(folder.merged(number)),
                 "skip" if rundir.read_done(folder.merged(number)) else "run",
-                disk_bytes=now.parameters * _BYTES[recipe.precision.carry],
+                disk_bytes=merged_bytes,
             )
         )
         evaluation(number, recipe.scored_names)
+        if _is_pruned(recipe, number):
+            records = [rundir.read_done(folder.branch(number, name)) for name in recipe.branch_names]
+            whole = sum(not (record and record["pruned"]) for record in records)
+            plan.append(
+                StagePlan(
+                    f"{folder.relative(folder.round(number))}/branches/*/checkpoint",
+                    "prune" if whole else "skip",
+                    disk_bytes=-now.parameters * 4 * whole or None,
+                )
+            )
     if last == recipe.rounds:
         plan.append(
             StagePlan(
@@ -255,6 +271,8 @@ class _Run:
         remedy = missing_data_remedy(self.folder.recipe)
         self.student_path = checkpoints.find_checkpoint(self.recipe.student, remedy)
         self.parameters = checkpoints.count_parameters(self.student_path)
+        lora = self.recipe.lora
+        self.adapter_parameters = train.count_adapter_parameters(self.student_path, lora) if lora else 0
         self.merge_config = merge.load_merge_config(self.recipe.merge)
         merge.check_merge_config(self.merge_config, num_branches=len(self.recipe.branch_names))
         self.recipe = self.recipe.model_copy(update={"merge": self.merge_config})
@@ -457,10 +475,10 @@ class _Run:
             inputs["kept_steps"] = list(self.recipe.kept_steps)
         record = self._done(folder, inputs) or self._share(folder, inputs)
         if record is None:
-            checkpoint_bytes = self.parameters * 4
-            rundir.require_space(
-                folder, checkpoint_bytes * (4 + len(self.recipe.kept_steps)), f"training branch {name}"
-            )
+            # The branch, and two of the trainer's checkpoints with their optimizer; those of adapters are small.
+            trained = self.adapter_parameters or self.parameters
+            kept = self.parameters * len(self.recipe.kept_steps)
+            rundir.require_space(folder, (self.parameters + 3 * trained + kept) * 4, f"training branch {name}")
             self._verify(student)
             fingerprint = rundir.digest(inputs)
             if work.exists() and _read_text(work / "inputs.sha256") != fingerprint:
@@ -481,11 +499,13 @@ class _Run:
                     name=f"{self.folder.root.name}/{self.folder.relative(folder)}",
                     parameters=self.parameters,
                     reports=self.folder.logs / "tensorboard" / f"round_{number:02d}" / name,
+                    adapter_out=partial / "adapter" if self.recipe.lora else None,
+                    base_name=self._base_name(student),
                     progress=self.progress,
                 )
                 shutil.copyfile(work / "metrics.jsonl", partial / "metrics.jsonl")
                 if self.recipe.kept_steps:
-                    os.rename(work / "steps", partial / "steps")
+                    rundir.link_tree(work / "steps", partial / "steps")
                 meter.stop()
                 memory = meter.peak_memory_bytes
                 cost = {**asdict(report), "seconds": report.train_seconds, "peak_memory_bytes": memory}
@@ -493,7 +513,12 @@ class _Run:
             self.made_here.add(folder / "checkpoint")
         if work.exists():
             shutil.rmtree(work)
-        return Model(folder / "checkpoint", rundir.checkpoint_digest(record))
+        adapter = folder / "adapter" if self.recipe.lora else None
+        return Model(folder / "checkpoint", rundir.checkpoint_digest(record), adapter)
+
+    def _base_name(self, student: Model) -> str:
+        """What an adapter's config names as its base: the same wherever the run's folder is."""
+        return self.recipe.student if student.path == self.student_path else self.folder.relative(student.path)
 
     def between(self, number: int) -> dict[str, Model]:
         """The branches of a round as they were in between, as ``NAME@STEP``."""
@@ -519,28 +544,51 @@ class _Run:
             "out_dtype": carry,
             "seed": self.recipe.seed + number,
         }
+        if self.recipe.merged_adapter is not None:
+            inputs["merged_adapter"] = self.recipe.merged_adapter.model_dump()
         record = self._done(folder, inputs)
         if record is None:
             rundir.require_space(folder, self.parameters * _BYTES[carry], "the merge")
+            self._require_unpruned(list(branches.values()), self.folder.relative(folder))
             for model in (student, *branches.values()):
                 self._verify(model)
             self._say_stage(folder, "runs")
+            ordered, averages = list(branches.values()), merge.takes_adapters(self.merge_config)
             with rundir.publish(folder) as partial, Meter() as meter:
                 report = merge.merge_checkpoints(
                     self.merge_config,
                     partial / "checkpoint",
                     base=student.path,
-                    branches=[branch.path for branch in branches.values()],
+                    branches=[branch.adapter if averages and branch.adapter else branch.path for branch in ordered],
                     out_dtype=carry,
                     seed=self.recipe.seed + number,
                     quiet=not self.progress,
                 )
                 shutil.copyfile(partial / "checkpoint" / "mergekit_config.yml", partial / "merge.yaml")
+                if self.recipe.merged_adapter is not None:
+                    self._extract_adapter(partial, ordered)
                 meter.stop()
                 cost = {**meter.cost, "bytes_read": report.bytes_read, "bytes_written": report.bytes_written}
                 record = rundir.write_done(partial, inputs, cost=cost)
             self.made_here.add(folder / "checkpoint")
         return Model(folder / "checkpoint", rundir.checkpoint_digest(record))
+
+    def _extract_adapter(self, merged: Path, branches: Sequence[Model]) -> None:
+        """``adapter/`` and ``adapter_error.json`` of a merge: its update since the run's own student."""
+        settings, lora = self.recipe.merged_adapter, self.recipe.lora
+        assert settings is not None
+        assert lora is not None
+        error = adapters.extract_adapter(
+            self.student_path,
+            merged / "checkpoint",
+            merged / "adapter",
+            tensors=adapters.adapted_tensors([branch.adapter for branch in branches if branch.adapter]),
+            rank=settings.r or lora.r,
+            base_name=self.recipe.student,
+            seed=self.recipe.seed,
+        )
+        rundir.write_json(merged / "adapter_error.json", error)
+        self.say(f"merged adapter: rank {error['rank']}, relative error {error['relative_error']:.3g}")
 
     def evaluate(self, number: int, models: Mapping[str, Model]) -> None:
         """``round_NN/evaluation.json``: one entry per checkpoint, each written when it is known."""
@@ -559,6 +607,7 @@ class _Run:
                 continue
             entry = self._shared_score(inputs, results)
             if entry is None:
+                self._require_unpruned([model], self.folder.relative(file))
                 self._verify(model)
                 self._say_stage(file, f"scores {name}")
                 entry = scorer.score(
@@ -579,7 +628,7 @@ class _Run:
         for other in self.shared:
             for stage in sorted(other.root.glob("round_*/branches/*/done.json")):
                 record = rundir.read_done(stage.parent)
-                if record is None or record["inputs"] != json.loads(json.dumps(inputs)):
+                if record is None or record["pruned"] or record["inputs"] != json.loads(json.dumps(inputs)):
                     continue
                 if rundir.damage(stage.parent, record, hashes=False) is not None:
                     continue
@@ -605,6 +654,25 @@ class _Run:
                             rundir.link_file(answers, results)
                     return dict(entry)
         return None
+
+    def prune(self, number: int, merged: Model) -> None:
+        """After a round is merged and scored: delete the branch checkpoints that ``keep_branches`` does not keep."""
+        if not _is_pruned(self.recipe, number):
+            return
+        stages = [self.folder.branch(number, name) for name in self.recipe.branch_names]
+        if any((stage / "checkpoint").exists() for stage in stages):
+            self._verify(merged)  # what is left of them must be sound
+        for stage in stages:
+            if rundir.prune_checkpoint(stage):
+                self._say_stage(stage, f"checkpoint pruned (keep_branches: {self.recipe.keep_branches})")
+
+    def _require_unpruned(self, models: Sequence[Model], what: str) -> None:
+        pruned = [str(_stage_of(model)) for model in models if (rundir.read_done(_stage_of(model)) or {}).get("pruned")]
+        if pruned:
+            raise UserError(
+                f"{what}: must be made again, but its branches' checkpoints were pruned (keep_branches); delete "
+                f"{' '.join(pruned)} and run the same command: they are trained again, to the same bytes"
+            )
 
     def publish(self, number: int, student: Model) -> None:
         """Stage ``round_NN/published``: the student in ``precision.publish`` with its card; ``final`` points to it."""
@@ -682,7 +750,7 @@ class _Run:
         """Before a checkpoint is read: compare the bytes of what an earlier process made with its record."""
         if model.path in self.made_here or model.path == self.student_path:
             return
-        stage = next((folder for folder in model.path.parents if (folder / "done.json").is_file()), model.path.parent)
+        stage = _stage_of(model)
         record = rundir.read_done(stage)
         wrong = "its record is gone" if record is None else rundir.damage(stage, record, hashes=True)
         if wrong:
@@ -772,6 +840,16 @@ def _is_installed(package: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
+
+
+def _stage_of(model: Model) -> Path:
+    """The stage folder that holds a checkpoint."""
+    return next((folder for folder in model.path.parents if (folder / "done.json").is_file()), model.path.parent)
+
+
+def _is_pruned(recipe: Recipe, number: int) -> bool:
+    """Whether a finished round's branch checkpoints are deleted."""
+    return recipe.keep_branches == "none" or (recipe.keep_branches == "last" and number < recipe.rounds)
 
 
 def _hash_if_changed(path: Path, recorded: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -20,8 +20,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from motkit.checkpoint import PRUNED
 from motkit.errors import UserError
 
+_PRUNABLE = ("checkpoint/", "steps/")
 _STORAGE_ERRNOS = {
     errno.ENOSPC: "no space left on the disk; free some or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some or choose another folder",
@@ -262,9 +264,14 @@ def write_done(folder: Path, inputs: Mapping[str, Any], **details: Any) -> dict[
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:
-    """The completion record of a stage; None if it is not done (or its record cannot be read)."""
+    """The completion record of a stage; None if it is not done (or its record cannot be read).
+
+    ``pruned`` is True in it once `prune_checkpoint` has begun on the stage.
+    """
     record = read_json(folder / "done.json")
-    return record if "outputs" in record else None
+    if "outputs" not in record:
+        return None
+    return {**record, "pruned": (folder / PRUNED).is_file()}
 
 
 def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | None:
@@ -274,6 +281,8 @@ def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | No
         hashes: read every file and compare its SHA-256; else only its size.
     """
     for name, recorded in record["outputs"].items():
+        if record.get("pruned") and name.startswith(_PRUNABLE):
+            continue
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -283,6 +292,31 @@ def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | No
         if hashes and hash_file(path) != recorded["sha256"]:
             return f"{name} is not what was written (its SHA-256 differs)"
     return None
+
+
+def prune_checkpoint(folder: Path) -> bool:
+    """Delete the weights of a done branch (``checkpoint/``, and ``steps/`` in between) and keep its record; returns
+    whether there was anything to delete.
+
+    First the stage notes it (``pruned.json``), then a folder loses its name, then it is deleted: killed in between, the
+    stage counts as pruned and the next call finishes.
+    """
+    kept = [folder / name.rstrip("/") for name in _PRUNABLE]
+    doomed = [path.with_name(f"{path.name}.pruned") for path in kept]
+    if not any(path.exists() for path in (*kept, *doomed)):
+        return False
+    with storage_errors(folder):
+        if not (folder / PRUNED).is_file():
+            files = [path for top in kept for path in top.rglob("*") if path.is_file()]
+            write_json(folder / PRUNED, {"pruned": True, "freed_bytes": sum(path.stat().st_size for path in files)})
+        for path, away in zip(kept, doomed, strict=True):
+            if away.exists():
+                shutil.rmtree(away)
+            if path.exists():
+                os.rename(path, away)
+                sync(folder)
+                shutil.rmtree(away)
+    return True
 
 
 def set_aside(folder: Path) -> Path:

@@ -50,7 +50,12 @@ def summarise(run: str | Path) -> "pandas.DataFrame":
                 "seconds": cost.get("seconds"),
                 "train_loss": cost.get("final_loss"),
                 **{key: scores.get(key) for key in ("accuracy", "standard_error", "heldout_loss")},
-                "checkpoint": f"{folder.relative(stage)}/checkpoint" if stage else recipe.student,
+                # A pruned branch has none.
+                "checkpoint": None
+                if record.get("pruned")
+                else f"{folder.relative(stage)}/checkpoint"
+                if stage
+                else recipe.student,
             }
         )
 
