@@ -4,9 +4,9 @@ A merge config is mergekit YAML with two placeholders, ``$student`` (where the r
 entry becomes one per branch). ``merge_checkpoints`` runs it in five steps: resolve the config, read every input's
 headers, check them against one another, merge, check and publish the result.
 
-Plain ``mot`` merges are streamed from file to file (`stream_mot`): memory does not grow with the model, every byte is
-read once, and NaN is found on the way. Everything else goes through mergekit's ``run_merge`` (`_run_mergekit`). Both
-give the same bits for ``mot``.
+Plain merges with our own methods are streamed from file to file (`stream_merge`): memory does not grow with the model,
+and NaN is found on the way. Everything else goes through mergekit's ``run_merge`` (`_run_mergekit`). Both give the same
+bits for our methods.
 
 What mergekit leaves to chance is pinned here: the donor of config and tokenizer, stale class-level caches, the model
 card that asks the hub, output that is not atomic, unknown keys, tensors dropped silently, NaN.
@@ -21,9 +21,8 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -33,6 +32,7 @@ from motkit.merge_config import (
     check_contract,
     check_merge_config,
     fetch,
+    is_own_method,
     load_merge_config,
     local_reference,
     map_models,
@@ -52,8 +52,11 @@ from motkit.merge_inputs import (
     tensor_layout,
     tokenizer_file,
 )
-from motkit.merge_stream import TORCH_NAMES, non_finite, stream_mot
+from motkit.merge_stream import TORCH_NAMES, non_finite, stream_merge
 from motkit.rundir import publish
+
+if TYPE_CHECKING:
+    from motkit.merge_plan import MergePlan
 
 __all__ = ["MergeReport", "check_merge_config", "load_merge_config", "merge_checkpoints", "resolve_merge_config"]
 
@@ -97,7 +100,7 @@ def _run_mergekit(
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    import motkit.merge_methods  # noqa: F401  registers mot
+    import motkit.merge_methods  # noqa: F401  registers our methods
 
     def forget() -> None:
         # Both are keyed by path and outlive a merge: a checkpoint replaced at the same path would be merged as it was.
@@ -295,49 +298,63 @@ Config and tokenizer are those of `{donor.name}`. Merged were:
 
 
 @dataclass(frozen=True)
-class _MotSum:
-    """A ``mot`` merge as one sum for all tensors: Σ coefficient · input."""
+class _Streamed:
+    """A merge by one plan for all tensors."""
 
+    plan: "MergePlan"
     inputs: list[Checkpoint]
-    coefficients: list[Fraction]
     out_dtype: str | None
 
 
-def _mot_sum(config: dict[str, Any], checkpoints: Mapping[str, Checkpoint]) -> _MotSum | None:
-    """What `stream_mot` needs; None for a merge that needs mergekit (another method, filters, gradients, slices, …).
+def _streamed(config: dict[str, Any], checkpoints: Mapping[str, Checkpoint]) -> _Streamed | None:
+    """What `stream_merge` needs; None for a merge that needs mergekit (its methods, filters, gradients, slices, …).
 
     Raises:
-        UserError: weights that cannot be normalised, or a scale without a base.
+        UserError: parameters out of range, or a scale without a base.
     """
-    if config["merge_method"] != "mot" or "models" not in config:
+    from motkit.merge_methods import OWN_METHODS
+
+    method = OWN_METHODS.get(config["merge_method"])
+    if method is None or "models" not in config:
         return None
     if any(config.get(key) for key in ("tokenizer", "tokenizer_source", "chat_template")):
         return None
     shared, base = config.get("parameters") or {}, config.get("base_model")
     entries = [entry for entry in config["models"] if entry["model"] != base]
-    weights = [(entry.get("parameters") or {}).get("weight", shared.get("weight", 1.0)) for entry in entries]
-    scale = shared.get("scale", 1.0)
-    if any(isinstance(value, list | dict) or value is None for value in (*weights, scale)):
-        return None
     if any(reference_parts(entry["model"])[1] for entry in entries):
         return None
 
-    from motkit.merge_methods import mot_coefficients, round_dtype
+    values: dict[str, Any] = {}
+    for parameter in method.spec.parameters:
+        default = None if parameter.required else parameter.default
+        common = shared.get(parameter.name, default)
+        if parameter in method.spec.input_parameters:
+            each = [(entry.get("parameters") or {}).get(parameter.name, common) for entry in entries]
+        else:
+            each = [common]
+        if any(isinstance(value, list | dict) for value in each):
+            return None
+        checked = [parameter.validate(value) for value in each]
+        values[parameter.name] = checked if parameter in method.spec.input_parameters else checked[0]
+
+    from motkit.merge_float import round_dtype
 
     out_dtype = config.get("out_dtype")
-    round_dtype(out_dtype)
-    coefficients, rest = mot_coefficients([float(weight) for weight in weights], float(scale))
+    round_dtype(out_dtype, method.spec.name)
+    plan = method.plan(len(entries), values)
     inputs = [checkpoints[model_path(entry["model"])] for entry in entries]
-    if rest:
+    if plan.uses_base:
         if base is None:
-            raise UserError(f"mot: parameter scale: {scale} needs a base; set base_model or give --base")
-        inputs, coefficients = [*inputs, checkpoints[model_path(base)]], [*coefficients, rest]
+            raise UserError(
+                f"{method.spec.name}: parameter scale: {values['scale']} needs a base; set base_model or give --base"
+            )
+        inputs.append(checkpoints[model_path(base)])
     if any(checkpoint.names != inputs[0].names for checkpoint in inputs):
         return None  # experts fused in one input and not in another, which mergekit converts
     exact = {None: None, "bfloat16": {"BF16"}, "float16": {"F16"}}.get(config.get("dtype"), set())
     if exact is not None and any(r.is_float and r.dtype not in exact for c in inputs for r in c.tensors.values()):
         return None  # mergekit casts the inputs to a narrower dtype first
-    return _MotSum(inputs, coefficients, out_dtype)
+    return _Streamed(plan, inputs, out_dtype)
 
 
 def merge_checkpoints(
@@ -358,7 +375,7 @@ def merge_checkpoints(
         out: the folder to make; it must not exist.
         base: value of ``$student``, and donor of config and tokenizer.
         branches: values of ``$branches``.
-        out_dtype: dtype of the result: bfloat16, float16 or float32 (other methods than mot: also float64); None for
+        out_dtype: dtype of the result: bfloat16, float16 or float32 (mergekit's methods: also float64); None for
             the config's ``out_dtype``, else its ``dtype``, else the inputs' own.
         seed: for randomised methods (dare_ties, della): same seed, same bytes. The caller's random state is untouched.
         device: where the arithmetic runs, ``cpu`` or ``cuda``. ``mot`` gives the same bits on both.
@@ -394,11 +411,19 @@ def merge_checkpoints(
     checkpoints = _read_inputs(
         [str(donor), *(path for path in merged_paths if path != str(donor))], whole_models, not maps_tokens
     )
-    mot = _mot_sum(resolved, checkpoints)
-    inputs = mot.inputs if mot is not None else [checkpoints[path] for path in merged_paths]
+    streamed = _streamed(resolved, checkpoints)
+    inputs = streamed.inputs if streamed is not None else [checkpoints[path] for path in merged_paths]
     with publish(out) as partial:
-        if mot is not None:
-            bytes_read = stream_mot(mot.inputs, mot.coefficients, mot.out_dtype, partial, device=device, quiet=quiet)
+        if streamed is not None:
+            bytes_read = stream_merge(
+                streamed.plan,
+                streamed.inputs,
+                streamed.out_dtype,
+                partial,
+                method=resolved["merge_method"],
+                device=device,
+                quiet=quiet,
+            )
         else:
             faults, bytes_read = non_finite(inputs, quiet, "Checking inputs")
             if faults:
@@ -410,7 +435,7 @@ def merge_checkpoints(
         _write_card(partial, out.name, resolved, donor, inputs)
         merged = read_checkpoint(partial)
         faults = _lost_tensors(checkpoints[str(donor)], merged, whole_models, maps_tokens)
-        if not faults and mot is None:
+        if not faults and streamed is None:
             faults = [
                 f"merge_method {resolved['merge_method']}: the result is not finite: {line.split(': ')[1]}"
                 for line in non_finite([merged], quiet, "Checking result")[0]
@@ -433,15 +458,15 @@ def _check_roles(config: dict[str, Any], student: Path | None, branches: Sequenc
     """A base is not a branch: mergekit would quietly drop the one or the other.
 
     Raises:
-        UserError: the student is also given as a branch, or ``mot`` has a weight for its base.
+        UserError: the student is also given as a branch, or one of our methods has a weight for its base.
     """
     if student is not None and os.path.realpath(student) in map(os.path.realpath, branches):
         raise UserError(f"{student}: given as the base and as a branch; leave it out of the branches")
-    base = config.get("base_model")
-    for entry in config["models"] if config["merge_method"] == "mot" and base is not None else ():
+    base, method = config.get("base_model"), config["merge_method"]
+    for entry in config["models"] if is_own_method(method) and base is not None else ():
         if entry["model"] == base and "weight" in (entry.get("parameters") or {}):
             raise UserError(
-                f"{model_path(base)}: has a weight, but mot never averages its base as a branch; "
+                f"{model_path(base)}: has a weight, but {method} never averages its base as a branch; "
                 "leave base_model out to average it, or leave the weight out"
             )
 

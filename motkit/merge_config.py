@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import yaml
 
@@ -118,9 +118,16 @@ def _nearest(name: object, known: Sequence[str]) -> str:
 def method_spec(method: str) -> "MergeMethodSpec":
     from mergekit import merge_methods
 
-    import motkit.merge_methods  # noqa: F401  registers mot
+    import motkit.merge_methods  # noqa: F401  registers our methods
 
     return merge_methods.get(method).spec
+
+
+def is_own_method(method: str) -> bool:
+    """Whether a merge method is one of ours."""
+    from motkit.merge_methods import OWN_METHODS
+
+    return method in OWN_METHODS
 
 
 def _config_faults(config: dict[str, Any]) -> list[str]:
@@ -229,6 +236,8 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
 
 
 def _type_name(value_type: Any) -> str:
+    if get_origin(value_type) is Literal:
+        return " or ".join(map(str, get_args(value_type)))
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
     return names.get(value_type, str(value_type))
 
@@ -313,9 +322,9 @@ def resolve_merge_config(
 
     Returns:
         A config without placeholders, local paths absolute. ``base_model`` is left out for a method that knows no base
-        (``linear``): mergekit would add the base as one more input. For ``mot`` with a known output dtype, ``round_to``
-        is set to it, so that the result is rounded once, and an upcast by ``dtype`` is dropped: the kernel is exact on
-        the checkpoints' own dtypes.
+        (``linear``): mergekit would add the base as one more input. For our methods with a known output dtype,
+        ``round_to`` is set to it, so that the result is rounded once, and an upcast by ``dtype`` is dropped: the
+        kernels take the checkpoints' own dtypes.
 
     Raises:
         UserError: a placeholder without a value, or a value without a placeholder.
@@ -364,12 +373,12 @@ def resolve_merge_config(
     elif ignores_base and resolved["base_model"] not in listed:
         del resolved["base_model"]
 
-    if resolved["merge_method"] == "mot":
-        _resolve_mot(resolved)
+    if is_own_method(resolved["merge_method"]):
+        _resolve_rounding(resolved)
     return resolved
 
 
-def _resolve_mot(config: dict[str, Any]) -> None:
+def _resolve_rounding(config: dict[str, Any]) -> None:
     parameters = dict(config.get("parameters") or {})
     target = config.get("out_dtype") or parameters.get("round_to") or config.get("dtype")
     if target is None:
