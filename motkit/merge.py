@@ -13,6 +13,7 @@ card that asks the hub, output that is not atomic, unknown keys, tensors dropped
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -52,13 +53,21 @@ from motkit.merge_inputs import (
     tensor_layout,
     tokenizer_file,
 )
-from motkit.merge_stream import TORCH_NAMES, non_finite, stream_merge
+from motkit.merge_stream import non_finite, stream_merge
 from motkit.rundir import publish
+from motkit.spans import TORCH_NAMES
 
 if TYPE_CHECKING:
     from motkit.merge_plan import MergePlan
 
-__all__ = ["MergeReport", "check_merge_config", "load_merge_config", "merge_checkpoints", "resolve_merge_config"]
+__all__ = [
+    "MergeReport",
+    "check_merge_config",
+    "load_merge_config",
+    "merge_checkpoints",
+    "merge_with_server_step",
+    "resolve_merge_config",
+]
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
@@ -363,6 +372,7 @@ def merge_checkpoints(
     *,
     base: str | Path | None = None,
     branches: Sequence[str | Path] = (),
+    weights: Sequence[float] | None = None,
     out_dtype: str | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -375,6 +385,7 @@ def merge_checkpoints(
         out: the folder to make; it must not exist.
         base: value of ``$student``, and donor of config and tokenizer.
         branches: values of ``$branches``.
+        weights: one per branch, not negative; multiplies the weight that the config has for ``$branches``.
         out_dtype: dtype of the result: bfloat16, float16 or float32 (mergekit's methods: also float64); None for
             the config's ``out_dtype``, else its ``dtype``, else the inputs' own.
         seed: for randomised methods (dare_ties, della): same seed, same bytes. The caller's random state is untouched.
@@ -394,7 +405,11 @@ def merge_checkpoints(
     loaded = load_merge_config(config)
     student = Path(base) if base is not None else None
     resolved = resolve_merge_config(
-        loaded, base=student, branches=[Path(branch) for branch in branches], out_dtype=out_dtype
+        loaded,
+        base=student,
+        branches=[Path(branch) for branch in branches],
+        out_dtype=out_dtype,
+        weights=weights,
     )
     resolved = map_models(resolved, fetch)
     # The donor of config and tokenizer comes first, also where mergekit must not see a base.
@@ -451,6 +466,49 @@ def merge_checkpoints(
         bytes_read=bytes_read,
         bytes_written=merged.num_bytes,
         seconds=time.perf_counter() - started,
+    )
+
+
+def merge_with_server_step(
+    config: str | Path | Mapping[str, Any],
+    out: Path,
+    server_out: Path,
+    *,
+    base: Path,
+    branches: Sequence[Path],
+    velocity: Path | None,
+    server: Mapping[str, Any],
+    out_dtype: str,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    quiet: bool = False,
+) -> MergeReport:
+    """`merge_checkpoints`, then `motkit.merge_server.server_step` from ``base`` along the mean update.
+
+    Args:
+        server_out: a folder to make for the new velocity.
+        velocity: that of the round before; None in the first.
+        server: ``learning_rate``, ``momentum``, ``nesterov``.
+        out_dtype: of the weights after the step; the merge itself is in float32.
+    """
+    from motkit.merge_server import server_step
+
+    mean = out.with_name(out.name + ".mean")
+    report = merge_checkpoints(
+        config, mean, base=base, branches=branches, weights=weights, out_dtype="float32", seed=seed, quiet=quiet
+    )
+    started = time.perf_counter()
+    out.mkdir()
+    server_out.mkdir()
+    server_step(base, mean, velocity, out, server_out, out_dtype=out_dtype, quiet=quiet, **server)
+    _write_config(mean, out, out_dtype)
+    for file in mean.iterdir():
+        if file.is_file() and not (out / file.name).exists() and not file.name.startswith("model"):
+            shutil.copyfile(file, out / file.name)
+    shutil.rmtree(mean)
+    written = sum(path.stat().st_size for folder in (out, server_out) for path in folder.glob("*.safetensors"))
+    return dataclasses.replace(
+        report, out=out, bytes_written=written, seconds=report.seconds + time.perf_counter() - started
     )
 
 

@@ -15,10 +15,9 @@ import torch
 
 from motkit.errors import UserError
 from motkit.merge_float import CHUNK_ACCELERATOR, CHUNK_CPU, check_tensor_dtype, promoted, value_range
+from motkit.spans import SPAN
 
 Scope = Literal["element", "tensor", "model"]
-
-SPAN = 1 << 18  # elements that a thread reads, merges and writes at a time
 
 
 class Kernel(Protocol):

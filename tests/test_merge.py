@@ -18,7 +18,7 @@ from scipy.optimize import minimize
 from test_merge_methods import bits, exact_mean
 from test_merge_ties import reference as ties_reference
 
-from motkit import merge_stream
+from motkit import spans
 from motkit.bundle import bundled_files
 from motkit.errors import UserError
 from motkit.merge import check_merge_config, load_merge_config, merge_checkpoints, resolve_merge_config
@@ -181,8 +181,8 @@ def test_shards_spans_and_threads_change_nothing(family, tmp_path, monkeypatch):
 
     student, branches = family()
     merge_checkpoints("mot", tmp_path / "one", base=student, branches=branches, quiet=True)
-    monkeypatch.setattr(merge_stream, "_SHARD_BYTES", 20_000)
-    monkeypatch.setattr(merge_stream, "_SPAN", 100)
+    monkeypatch.setattr(spans, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(spans, "SPAN", 100)
     merge_checkpoints("mot", tmp_path / "many", base=student, branches=branches, quiet=True)
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 2
@@ -218,7 +218,7 @@ OWN = ("mot_ties", "mot_median", "mot_trimmed_mean", "mot_geometric_median")
 def test_own_methods_stream_what_stock_mergekit_gives(dtype, family, tmp_path, monkeypatch):
     """Per tensor, which is all that stock mergekit can do; with small spans, so that a tensor has many."""
     student, branches = family("llama", dtype)
-    monkeypatch.setattr(merge_stream, "_SPAN", 700)
+    monkeypatch.setattr(spans, "SPAN", 700)
     settings = {
         "mot_ties": {"parameters": {"density": 0.3, "weight": 1.0, "trim": "tensor", "scale": 0.9}},
         "mot_median": {"parameters": {"scale": 0.7}},
@@ -281,7 +281,7 @@ def test_bytes_do_not_depend_on_spans_shards_order_or_threads(method, family, tm
     student, branches = family()
     merge_checkpoints(method, tmp_path / "one", base=student, branches=branches, quiet=True)
     merge_checkpoints(method, tmp_path / "order", base=student, branches=branches[::-1], quiet=True)
-    monkeypatch.setattr(merge_stream, "_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(spans, "SHARD_BYTES", 20_000)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if threads > 1 else 2)
