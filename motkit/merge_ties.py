@@ -148,6 +148,7 @@ class _TiesKernel:
         self, weights: Sequence[float], thresholds: Sequence[float], scale: float, device: torch.device | str
     ) -> None:
         self._weights, self._scale = list(weights), scale
+        self._smallest_weight = min(weight for weight in weights if weight)
         # hardshrink keeps |δ| > λ; the float32 below the threshold makes that |δ| ≥ threshold.
         below = torch.nextafter(torch.tensor(list(thresholds), dtype=torch.float32), torch.tensor(0.0))
         self._below = [
@@ -173,8 +174,7 @@ class _TiesKernel:
         positive, total, weight_above, weight_all, delta64, part, sign64 = (s[: out.numel()] for s in self._float64)
         base32, delta, sign = (space[: out.numel()] for space in self._float32)
         base32.copy_(base)
-        for space in (positive, total, weight_above, weight_all):
-            space.zero_()
+        first = True
         for branch, weight, below in zip(branches, self._weights, self._below, strict=True):
             if not weight:
                 continue
@@ -183,15 +183,25 @@ class _TiesKernel:
                 torch.ops.aten.hardshrink.out(delta, below, out=delta)
             delta64.copy_(delta)
             sign64.copy_(torch.sign(delta, out=sign))
+            if first:
+                torch.mul(delta64, weight, out=total)
+                torch.clamp_min(delta64, 0.0, out=positive).mul_(weight)
+                torch.clamp_min(sign64, 0.0, out=weight_above).mul_(weight)
+                torch.abs(sign64, out=weight_all).mul_(weight)
+                first = False
+                continue
             total.add_(delta64, alpha=weight)
             positive.add_(torch.clamp_min(delta64, 0.0, out=part), alpha=weight)
             weight_above.add_(torch.clamp_min(sign64, 0.0, out=part), alpha=weight)
             weight_all.add_(sign64.abs_(), alpha=weight)
-        # What is elected: the entries above 0 where the sum is at least 0, else those below.
-        elected = total >= 0
-        negative = torch.sub(total, positive, out=part)
-        merged = torch.where(elected, positive, negative)
-        divisor = torch.where(elected, weight_above, weight_all.sub_(weight_above))
-        merged.div_(divisor.masked_fill_(divisor == 0, 1.0)).mul_(self._scale)
+        # What is elected: the entries above 0 where the sum is at least 0, else those below. With numbers 1 and 0 for
+        # yes and no, because torch.where costs as much as all the rest.
+        negative, weight_below = torch.sub(total, positive, out=delta64), weight_all.sub_(weight_above)
+        elected = torch.sign(total, out=total).add_(1.0).clamp_max_(1.0)
+        rejected = torch.sub(1.0, elected, out=part)
+        merged = positive.mul_(elected).addcmul_(negative, rejected)
+        divisor = weight_above.mul_(elected).addcmul_(weight_below, rejected)
+        # A weight of entries is 0 only where there are none, and then so is their sum.
+        merged.div_(divisor.clamp_min_(self._smallest_weight)).mul_(self._scale)
         merged.add_(widen(base, delta64, base32))
         cast_rounded(merged, out, part, sign64, base32)

@@ -8,6 +8,7 @@ import torch
 from mergekit.merge_methods import merge_tensors
 from peft.utils.merge_utils import ties as peft_ties
 
+import motkit.merge_methods  # noqa: F401  registers our methods
 from motkit.errors import UserError
 from motkit.merge_plan import merge_in_memory
 from motkit.merge_ties import MagnitudeThresholds, TiesPlan
