@@ -3,7 +3,7 @@
 An adapter says of each module that it targets: W → W + s·B·A with factors B (rows, r), A (r, columns) and a scaling s.
 Averaging B and A on their own is not averaging the updates, because a product is not linear in both; here the update
 itself is what counts. It is never stored: `LowRank` gives any span of Σ c·s·B·A in float64, and the merge adds it to
-the base and rounds once (`motkit.merge_stream.stream_mot`).
+the base and rounds once (`motkit.merge_stream.stream_merge`).
 
 Nothing is cached. mergekit's own cache of merged adapters is keyed by path and goes stale.
 """
@@ -207,10 +207,12 @@ def materialise(base: Checkpoint, adapter: Adapter, out: Path, *, device: str = 
     Args:
         out: an existing folder; gets safetensors files only.
     """
-    from motkit.merge_stream import stream_mot
+    from motkit.merge_mean import MeanPlan
+    from motkit.merge_stream import stream_merge
 
     updates = combined([(Fraction(1), adapter)])
-    return stream_mot([base], [Fraction(1)], "float32", out, device=device, quiet=quiet, updates=updates)
+    plan = MeanPlan([Fraction(1)])
+    return stream_merge(plan, [base], "float32", out, method="mot", device=device, quiet=quiet, updates=updates)
 
 
 def materialise_checkpoint(base: Path, adapter: Path, out: Path) -> None:
