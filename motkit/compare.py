@@ -405,7 +405,7 @@ def _sentence(budget: str, row: dict[str, Any], best: Sequence[Any], theirs: flo
     interval = f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
     return (
         f"At equal {equal}: MoT {100 * row['accuracy']:.1f} %, {who}, {100 * theirs:.1f} %; difference "
-        f"{100 * row['difference']:+.1f} points, 95 % interval {interval} over {seeds} "
+        f"{100 * row['difference']:+.1f} points, 95 % interval {interval} over {seeds}"
         f" {num_problems} problems: {claim}."
     )
 
