@@ -4,12 +4,11 @@ A merge config is mergekit YAML with two placeholders, ``$student`` (where the r
 entry becomes one per branch). ``merge_checkpoints`` runs it in five steps: resolve the config, read every input's
 headers, check them against one another, merge, check and publish the result.
 
-A LoRA adapter as a branch stands for base + scaling·B·A. Plain ``mot`` adds the averaged updates to the base in float64
-and rounds once; for every other method each such branch is written out first, in float32, and merged like any other.
-
 Plain ``mot`` merges are streamed from file to file (`stream_mot`): memory does not grow with the model, every byte is
 read once, and NaN is found on the way. Everything else goes through mergekit's ``run_merge`` (`_run_mergekit`). Both
 give the same bits for ``mot``.
+
+A LoRA adapter may stand in the place of a branch (`motkit.merge_adapters`).
 
 What mergekit leaves to chance is pinned here: the donor of config and tokenizer, stale class-level caches, the model
 card that asks the hub, output that is not atomic, unknown keys, tensors dropped silently, NaN.
@@ -30,11 +29,10 @@ from typing import Any
 
 import yaml
 
-from motkit.adapters import Adapter, combined, is_adapter, materialise, read_adapter
 from motkit.checkpoint import TOKENIZER_FILES, copy_tokenizer
 from motkit.errors import UserError
+from motkit.merge_adapters import adapter_sum, branch_reference, read_adapters, takes_adapters, write_out
 from motkit.merge_config import (
-    adapter_reference,
     check_contract,
     check_merge_config,
     fetch,
@@ -60,7 +58,14 @@ from motkit.merge_inputs import (
 from motkit.merge_stream import TORCH_NAMES, non_finite, stream_mot
 from motkit.rundir import publish
 
-__all__ = ["MergeReport", "check_merge_config", "load_merge_config", "merge_checkpoints", "resolve_merge_config"]
+__all__ = [
+    "MergeReport",
+    "check_merge_config",
+    "load_merge_config",
+    "merge_checkpoints",
+    "resolve_merge_config",
+    "takes_adapters",
+]
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
@@ -301,17 +306,14 @@ Config and tokenizer are those of `{donor.name}`. Merged were:
 
 @dataclass(frozen=True)
 class _MotSum:
-    """A ``mot`` merge as one sum for all tensors: Σ coefficient · input + Σ coefficient · adapter's update."""
+    """A ``mot`` merge as one sum for all tensors: Σ coefficient · input."""
 
     inputs: list[Checkpoint]
     coefficients: list[Fraction]
-    adapters: list[tuple[Fraction, Adapter]]
     out_dtype: str | None
 
 
-def _mot_sum(
-    config: dict[str, Any], checkpoints: Mapping[str, Checkpoint], adapters: Mapping[tuple[str, str], Adapter]
-) -> _MotSum | None:
+def _mot_sum(config: dict[str, Any], checkpoints: Mapping[str, Checkpoint]) -> _MotSum | None:
     """What `stream_mot` needs; None for a merge that needs mergekit (another method, filters, gradients, slices, …).
 
     Raises:
@@ -327,79 +329,25 @@ def _mot_sum(
     scale = shared.get("scale", 1.0)
     if any(isinstance(value, list | dict) or value is None for value in (*weights, scale)):
         return None
+    if any(reference_parts(entry["model"])[1] for entry in entries):
+        return None
 
     from motkit.merge_methods import mot_coefficients, round_dtype
 
     out_dtype = config.get("out_dtype")
     round_dtype(out_dtype)
     coefficients, rest = mot_coefficients([float(weight) for weight in weights], float(scale))
-    models = [entry["model"] for entry in entries]
+    inputs = [checkpoints[model_path(entry["model"])] for entry in entries]
     if rest:
         if base is None:
             raise UserError(f"mot: parameter scale: {scale} needs a base; set base_model or give --base")
-        models, coefficients = [*models, base], [*coefficients, rest]
-    # Adapters on one base count it once, with the sum of their coefficients: exactly 1 if there is nothing else.
-    shares: dict[str, Fraction] = {}
-    for model, coefficient in zip(models, coefficients, strict=True):
-        shares[model_path(model)] = shares.get(model_path(model), Fraction(0)) + coefficient
-    inputs, terms = [checkpoints[path] for path in shares], []
-    for model, coefficient in zip(models, coefficients, strict=True):
-        if reference_parts(model)[1]:
-            terms.append((coefficient, adapters[_adapter_key(model)]))
+        inputs, coefficients = [*inputs, checkpoints[model_path(base)]], [*coefficients, rest]
     if any(checkpoint.names != inputs[0].names for checkpoint in inputs):
         return None  # experts fused in one input and not in another, which mergekit converts
     exact = {None: None, "bfloat16": {"BF16"}, "float16": {"F16"}}.get(config.get("dtype"), set())
     if exact is not None and any(r.is_float and r.dtype not in exact for c in inputs for r in c.tensors.values()):
         return None  # mergekit casts the inputs to a narrower dtype first
-    return _MotSum(inputs, list(shares.values()), terms, out_dtype)
-
-
-def _adapter_key(reference: Any) -> tuple[str, str]:
-    """(absolute path of the base, of the adapter)."""
-    return model_path(reference), os.path.abspath(str(reference_parts(reference)[1]))
-
-
-def _read_adapters(models: Sequence[Any], checkpoints: Mapping[str, Checkpoint]) -> dict[tuple[str, str], Adapter]:
-    """The adapters among the references, each read against its base."""
-    found, faults = {}, []
-    for key in dict.fromkeys(_adapter_key(model) for model in models if reference_parts(model)[1]):
-        try:
-            found[key] = read_adapter(Path(key[1]), checkpoints[key[0]])
-        except UserError as error:
-            faults.append(str(error))
-    if faults:
-        raise UserError(listed(faults))
-    return found
-
-
-def _write_out(
-    adapters: Mapping[tuple[str, str], Adapter], checkpoints: Mapping[str, Checkpoint], folder: Path, device: str
-) -> dict[tuple[str, str], Checkpoint]:
-    """Every adapter as a checkpoint of its own, base + update in float32."""
-    written = {}
-    for number, (key, adapter) in enumerate(adapters.items()):
-        out = folder / str(number)
-        out.mkdir(parents=True)
-        base = checkpoints[key[0]]
-        materialise(base, adapter, out, device=device)
-        _write_config(base.path, out, "float32")
-        copy_tokenizer(base.path, out)
-        written[key] = read_checkpoint(out)
-    return written
-
-
-def takes_adapters(config: Mapping[str, Any]) -> bool:
-    """Whether a merge config averages adapters without writing them out: plain ``mot`` over whole models."""
-    shared = config.get("parameters") or {}
-    settings = [shared, *((entry.get("parameters") or {}) for entry in config.get("models") or ())]
-    values = [value for setting in settings for value in setting.values()]
-    return (
-        config["merge_method"] == "mot"
-        and "models" in config
-        and not any(config.get(key) for key in ("tokenizer", "tokenizer_source", "chat_template"))
-        and str(config.get("dtype", "float32")).removeprefix("torch.") == "float32"
-        and not any(isinstance(value, list | dict) for value in values)
-    )
+    return _MotSum(inputs, coefficients, out_dtype)
 
 
 def merge_checkpoints(
@@ -439,7 +387,7 @@ def merge_checkpoints(
     loaded = load_merge_config(config)
     student = Path(base) if base is not None else None
     resolved = resolve_merge_config(
-        loaded, base=student, branches=[_branch_reference(Path(b), student) for b in branches], out_dtype=out_dtype
+        loaded, base=student, branches=[branch_reference(Path(b), student) for b in branches], out_dtype=out_dtype
     )
     resolved = map_models(resolved, fetch)
     # The donor of config and tokenizer comes first, also where mergekit must not see a base.
@@ -456,31 +404,24 @@ def merge_checkpoints(
     checkpoints = _read_inputs(
         [str(donor), *(path for path in merged_paths if path != str(donor))], whole_models, not maps_tokens
     )
-    adapters = _read_adapters(models, checkpoints)
-    mot = _mot_sum(resolved, checkpoints, adapters)
+    mot = _mot_sum(resolved, checkpoints)
     inputs = mot.inputs if mot is not None else [checkpoints[path] for path in merged_paths]
-    plain = {model_path(model) for model in models if not reference_parts(model)[1]}
-    listed_paths = {model_path(m) for m in references({**resolved, "base_model": None}) if not reference_parts(m)[1]}
-    named = [c.path for c in inputs if not adapters or str(c.path) in listed_paths]
-    named += [adapter.path for adapter in adapters.values()]
+    adapters = read_adapters(models, checkpoints)
+    updates = adapter_sum(resolved, checkpoints, adapters)
+    if adapters:
+        # The base of an adapter is read for it, and is an input only if it is named as one too.
+        whole = {model_path(model) for model in models if not reference_parts(model)[1]}
+        inputs = [checkpoints[path] for path in merged_paths if path in whole]
     with publish(out) as partial:
-        if mot is not None:
-            bytes_read = stream_mot(
-                mot.inputs,
-                mot.coefficients,
-                mot.out_dtype,
-                partial,
-                device=device,
-                quiet=quiet,
-                updates=combined(mot.adapters),
-            ) + sum(adapter.num_bytes for _, adapter in mot.adapters)
+        if updates is not None:
+            bytes_read = updates.stream(partial, device=device, quiet=quiet)
+        elif mot is not None:
+            bytes_read = stream_mot(mot.inputs, mot.coefficients, mot.out_dtype, partial, device=device, quiet=quiet)
         else:
-            scratch, runnable = partial / ".adapters", resolved
+            runnable, scratch = resolved, partial / ".adapters"
             if adapters:
-                whole = _write_out(adapters, checkpoints, scratch, device)
-                inputs = [*(c for c in inputs if str(c.path) in plain), *whole.values()]
-                written = {key: local_reference(checkpoint.path) for key, checkpoint in whole.items()}
-                runnable = map_models(resolved, lambda r: written[_adapter_key(r)] if reference_parts(r)[1] else r)
+                runnable, written = write_out(resolved, checkpoints, adapters, scratch, device=device)
+                inputs = [*inputs, *written]
             faults, bytes_read = non_finite(inputs, quiet, "Checking inputs")
             if faults:
                 raise UserError(listed(faults))
@@ -490,10 +431,14 @@ def merge_checkpoints(
                 shutil.rmtree(scratch)
         _write_config(donor, partial, _result_dtype(resolved, partial))
         _copy_donor_files(donor, partial, list(checkpoints), maps_tokens or bool(resolved.get("chat_template")))
+        named = [checkpoint.path for checkpoint in inputs]
+        if adapters:
+            listed_models = references({**resolved, "base_model": None})
+            named = [Path(reference_parts(model)[1] or model_path(model)) for model in listed_models]
         _write_card(partial, out.name, resolved, donor, named)
         merged = read_checkpoint(partial)
         faults = _lost_tensors(checkpoints[str(donor)], merged, whole_models, maps_tokens)
-        if not faults and mot is None:
+        if not faults and mot is None and updates is None:
             faults = [
                 f"merge_method {resolved['merge_method']}: the result is not finite: {line.split(': ')[1]}"
                 for line in non_finite([merged], quiet, "Checking result")[0]
@@ -510,19 +455,6 @@ def merge_checkpoints(
         bytes_written=merged.num_bytes,
         seconds=time.perf_counter() - started,
     )
-
-
-def _branch_reference(branch: Path, student: Path | None) -> Any:
-    """A branch as a model reference; an adapter is one on the base.
-
-    Raises:
-        UserError: an adapter without a base.
-    """
-    if not is_adapter(branch):
-        return branch
-    if student is None:
-        raise UserError(f"{branch}: a LoRA adapter, not a model; give the model that it was trained on with --base DIR")
-    return adapter_reference(student, branch)
 
 
 def _check_roles(config: dict[str, Any], student: Path | None, branches: Sequence[Path]) -> None:

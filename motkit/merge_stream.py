@@ -22,8 +22,6 @@ from motkit.merge_inputs import ITEM_BYTES, Checkpoint, TensorRecord, listed, sa
 if TYPE_CHECKING:
     import torch
 
-    from motkit.adapters import LowRank
-
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # safetensors' → torch's
 _SAFETENSORS_NAMES = {name: code for code, name in TORCH_NAMES.items()}
 _SHARD_BYTES = 5_000_000_000
@@ -164,7 +162,6 @@ def stream_mot(
     *,
     device: str,
     quiet: bool,
-    updates: "Mapping[str, LowRank] | None" = None,
 ) -> int:
     """Merge from file to file, a span at a time; returns bytes read.
 
@@ -173,7 +170,6 @@ def stream_mot(
         coefficients: exact, one per input.
         out_dtype: bfloat16, float16 or float32; None for the promoted dtype of each tensor's inputs.
         out: an existing folder; gets ``model.safetensors``, or shards with an index.
-        updates: what adapters add to tensors, by name; such a tensor is summed in float64 and rounded once.
 
     Raises:
         UserError: NaN or infinite values, other dtypes than bfloat16, float16 and float32, or integer buffers that
@@ -233,13 +229,7 @@ def stream_mot(
                     read += (stop - start) * item
                 result_bytes = out_buffer[: (stop - start) * ITEM_BYTES[code]]
                 result = result_bytes.view(_torch_dtype(code)).to(device)
-                if updates and name in updates:
-                    if not _add_update(values, coefficients, updates[name].span(start, stop), result):
-                        for checkpoint, value in zip(inputs, values, strict=True):
-                            if not bool(torch.isfinite(value).all()):
-                                found[(checkpoint.path, name)] = None
-                    values = []
-                for begin in range(0, stop - start if values else 0, mean.chunk):
+                for begin in range(0, stop - start, mean.chunk):
                     end = min(begin + mean.chunk, stop - start)
                     if not mean([v[begin:end] for v in values], result[begin:end]):
                         for checkpoint, value in zip(inputs, values, strict=True):
@@ -256,24 +246,6 @@ def stream_mot(
     if found:
         raise UserError(listed([_non_finite_line(path, name) for path, name in sorted(found)]))
     return read
-
-
-def _add_update(
-    values: Sequence["torch.Tensor"], coefficients: Sequence[Fraction], update: "torch.Tensor", result: "torch.Tensor"
-) -> bool:
-    """``result[:] = Σ c_k·x_k + update`` in float64, rounded once; False if that is not finite."""
-    import torch
-
-    from motkit.merge_methods import round_float64_
-
-    total = update.to(values[0].device, copy=True)
-    for value, coefficient in zip(values, coefficients, strict=True):
-        total.add_(value.to(torch.float64), alpha=float(coefficient))
-    finite = bool(torch.isfinite(total).all())
-    if finite and result.dtype is not torch.float32:  # float64 → float32 rounds once on its own
-        round_float64_(total, result.dtype, torch.empty_like(total), torch.empty_like(total))
-    result.copy_(total)
-    return finite
 
 
 def _promoted(group: Sequence[TensorRecord]) -> str:

@@ -228,7 +228,7 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
         evaluation(number, [*recipe.branch_names, "merged"])
         if _is_pruned(recipe, number):
             records = [rundir.read_done(folder.branch(number, name)) for name in recipe.branch_names]
-            whole = sum(not (record and record["pruned"]) for record in records)
+            whole = sum(not (record and record.get("pruned")) for record in records)
             plan.append(
                 StagePlan(
                     f"{folder.relative(folder.round(number))}/branches/*/checkpoint",

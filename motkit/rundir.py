@@ -257,12 +257,12 @@ def write_done(folder: Path, inputs: Mapping[str, Any], **details: Any) -> dict[
 def read_done(folder: Path) -> dict[str, Any] | None:
     """The completion record of a stage; None if it is not done (or its record cannot be read).
 
-    ``pruned`` is True in it once `prune_checkpoint` has begun on the stage.
+    Once `prune_checkpoint` has begun on the stage, it holds ``pruned: True``.
     """
     record = read_json(folder / "done.json")
     if "outputs" not in record:
         return None
-    return {**record, "pruned": (folder / PRUNED).is_file()}
+    return {**record, "pruned": True} if (folder / PRUNED).is_file() else record
 
 
 def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | None:

@@ -403,7 +403,7 @@ def test_the_merged_adapter_loads_on_the_runs_own_student(whole_lora):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["training", "checkpoint write", "after branch", "merge"])
+@pytest.mark.parametrize("moment", ["training", "checkpoint write", "after branch", "after merged weights"])
 def test_a_killed_run_of_adapters_goes_on_to_the_same_bytes(whole_lora, tmp_path, moment):
     recipe, folder, _, _ = whole_lora
     killed_at(moment, recipe, tmp_path / "run")
@@ -500,6 +500,25 @@ def test_pruned_branches_leave_their_records_and_the_same_student(whole, tmp_pat
     assert {entry.action for entry in again} == {"skip"}
     _, said = run(recipe, tmp_path / "run", *changes)
     assert all("is done" in line or line.startswith("traces") for line in said), said
+
+
+def test_the_plan_says_how_much_disk_is_in_use_at_one_time(tmp_path, make_pico):
+    from click.testing import CliRunner
+
+    from motkit.checkpoint import count_parameters
+    from motkit.cli import main
+
+    recipe = write_experiment(tmp_path, make_pico)
+    size = count_parameters(tmp_path / "student") * 4
+    command = ["round", str(recipe), "--all", "--run", str(tmp_path / "run"), "--dry-run"]
+    last, every = (CliRunner().invoke(main, [*command, *more]).output for more in (["keep_branches=last"], []))
+    megabytes = lambda checkpoints: f"{checkpoints * size / 1e6:.1f} MB"  # noqa: E731
+    # Two rounds of two branches and a merge; the student, published in half the bytes.
+    assert f"disk to be written: {megabytes(6.5)}, and" in last
+    assert f"of it at one time at most {megabytes(4.5)}, in the end {megabytes(4.5)}" in last
+    assert f"disk to be written: {megabytes(6.5)}, and" in every
+    assert "at one time" not in every
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
