@@ -56,6 +56,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_round.py
 	$(BIN)/python tests/benchmarks/bench_verify.py
 	$(BIN)/python tests/benchmarks/bench_generate.py
+	$(BIN)/python tests/benchmarks/bench_evaluate.py
 
 clean:
 	rm -rf .venv .venv-vllm runs recipes/*/data recipes/*/data.partial

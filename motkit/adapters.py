@@ -324,7 +324,7 @@ def materialise(base: Checkpoint, adapter: Adapter, out: Path, *, device: str = 
 
     Each element is the float64 sum rounded once.
     """
-    out.mkdir()
+    out.mkdir(parents=True)
     one = Fraction(1)
     stream_sum([base], [one], [(one, adapter)], "float32", out, device=device)
     config = _with_dtype({key: value for key, value in base.config.items() if key != "torch_dtype"}, "float32")

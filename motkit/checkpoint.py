@@ -72,6 +72,12 @@ def pruned_fault(checkpoint: Path) -> str | None:
     return f"{checkpoint}: was pruned (keep_branches); {how}"
 
 
+def content_files(checkpoint: Path) -> list[Path]:
+    """Every file of a checkpoint that says what it is, sorted: the model card is none."""
+    files = (path for path in checkpoint.rglob("*") if path.is_file())
+    return sorted(path for path in files if path.name not in {"README.md", ".gitattributes"})
+
+
 def weight_files(checkpoint: Path) -> list[Path]:
     """The safetensors files that hold a checkpoint's weights, sorted by name.
 

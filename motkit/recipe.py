@@ -130,7 +130,8 @@ PLACEMENT_ARGS = frozenset(
 )
 # Settings of a teacher of the same kind: a run goes on when they change.
 _PLACEMENT = re.compile(
-    r"keep_branches|teachers\.\d+\.(base_url|api_key_env|concurrency|timeout_s|max_retries|batch_size|serve|python|"
+    r"keep_branches|evaluate\.python|"
+    r"teachers\.\d+\.(base_url|api_key_env|concurrency|timeout_s|max_retries|batch_size|serve|python|"
     rf"max_response_bytes|price_per_million_tokens\..*|engine_args\.({'|'.join(sorted(PLACEMENT_ARGS))}))"
 )
 
@@ -322,21 +323,50 @@ class Precision(_Section):
     publish: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
 
-class Evaluation(_Section):
-    """Held-out problems (accuracy) and held-out traces (mean loss), scored after every round."""
+# Settings under which scores of AIME are commonly given: avg@16; the paper's are not stated in full.
+_AIME: dict[str, Any] = {
+    "samples": 16,
+    "sampling": {"temperature": 0.6, "top_p": 0.95, "max_tokens": 32768},
+    "verifier": "math",
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "aime24": {**_AIME, "problems": "hf://HuggingFaceH4/aime_2024"},
+    "aime25": {**_AIME, "problems": "hf://math-ai/aime25:test"},
+}
 
-    problems: str | None = None
+
+class Evaluation(_Section):
+    """Held-out problems (accuracy) and held-out traces (mean loss), scored after every round.
+
+    A ``preset`` (`PRESETS`) gives what the recipe itself does not.
+    """
+
+    preset: str | None = None
+    problems: str | ProblemSource | None = None
     verifier: str | None = Field(default=None, description="default: the filter's, or 'math' if that is 'none'")
     traces: dict[str, str] = Field(default_factory=dict, description="name of a set of traces → JSONL")
     samples: int = Field(default=1, ge=1)
     sampling: Sampling = Sampling()
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, description="problems at a time (transformers)")
+    engine: Literal["auto", "transformers", "vllm"] = Field(
+        default="auto", description="auto: vllm where there are a GPU and vLLM, else transformers"
+    )
+    engine_args: dict[str, Any] = Field(default_factory=dict, description="vLLM's own: tensor_parallel_size, …")
+    python: str | None = Field(default=None, min_length=1, description="interpreter of vLLM's environment")
+    branches: bool = Field(default=True, description="score every branch, or the merges alone")
+    every_steps: int | None = Field(default=None, ge=1, description="score branches also in between: Figure 3")
 
     @model_validator(mode="before")
     @classmethod
-    def _one_set_of_traces(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("traces"), str):
-            return {**value, "traces": {"heldout": value["traces"]}}
+    def _filled_in(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        preset = value.get("preset")
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"preset: unknown {preset!r}; known: {', '.join(PRESETS)}")
+        value = {**PRESETS.get(preset or "", {}), **value}
+        if isinstance(value.get("traces"), str):
+            value["traces"] = {"heldout": value["traces"]}
         return value
 
     @field_validator("verifier")
@@ -354,7 +384,14 @@ class Evaluation(_Section):
             raise ValueError("'traces' need 'problems': the problems that they answer")
         if self.samples > 1 and self.sampling.temperature == 0.0:
             raise ValueError("'samples' above 1 needs 'sampling.temperature' above 0 (greedy samples are all the same)")
+        if self.engine == "transformers" and (self.engine_args or self.python):
+            raise ValueError("'engine_args' and 'python' are vLLM's; remove them, or set 'engine: vllm'")
         return self
+
+    @property
+    def problem_source(self) -> ProblemSource | None:
+        """``problems`` in the long form."""
+        return ProblemSource(path=self.problems) if isinstance(self.problems, str) else self.problems
 
 
 class Recipe(_Section):
@@ -431,6 +468,19 @@ class Recipe(_Section):
     def branch_names(self) -> tuple[str, ...]:
         """Names of the branches of a round: one per teacher, or ``union``."""
         return tuple(teacher.name for teacher in self.teachers) if self.branches == "per_teacher" else ("union",)
+
+    @property
+    def kept_steps(self) -> tuple[int, ...]:
+        """Steps of a branch, before its last, whose weights are kept and scored (``evaluate.every_steps``)."""
+        every = self.evaluate.every_steps if self.evaluate else None
+        return tuple(range(every, self.train["max_steps"], every)) if every else ()
+
+    @property
+    def scored_names(self) -> tuple[str, ...]:
+        """What is scored in every round: ``NAME@STEP`` in between, branches, ``merged``."""
+        between = [f"{name}@{step}" for name in self.branch_names for step in self.kept_steps]
+        branches = self.branch_names if self.evaluate is None or self.evaluate.branches else ()
+        return (*between, *branches, "merged")
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
@@ -511,6 +561,27 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if faults or result is None:
         raise UserError("\n".join(f"{_short(path)}: {fault}" for fault in faults))
     return result
+
+
+def read_evaluation(values: Mapping[str, Any]) -> Evaluation:
+    """An ``evaluate`` section that comes from a command's options; paths resolve against the working folder.
+
+    Raises:
+        UserError: one line per fault.
+    """
+    nested = {"evaluate": dict(values)}
+    _resolve_paths(nested, Path.cwd())
+    try:
+        settings = Evaluation.model_validate(nested["evaluate"])
+    except ValidationError as error:
+        raise UserError("\n".join(line for fault in error.errors() for line in _describe(fault).split("\n"))) from None
+    files = [*settings.traces.values()]
+    if settings.problem_source and not is_hub_source(settings.problem_source.path):
+        files.append(settings.problem_source.path)
+    faults = [f"file not found: {_short(Path(file))}" for file in files if not Path(file).is_file()]
+    if faults:
+        raise UserError("\n".join(faults))
+    return settings
 
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
@@ -622,7 +693,8 @@ def _fits(kind: Any, value: Any) -> bool:
 def _is_path_key(key: str) -> bool:
     return bool(
         re.fullmatch(
-            r"student|problems(\.path)?|merge|teachers\.\d+\.(traces|model|python)|evaluate\.(problems|traces(\..+)?)",
+            r"student|problems(\.path)?|merge|teachers\.\d+\.(traces|model|python)|"
+            r"evaluate\.(problems(\.path)?|python|traces(\..+)?)",
             key,
         )
     )

@@ -168,6 +168,10 @@ class RunDir:
         """Stage folder of a branch: checkpoint/, metrics.jsonl, done.json."""
         return self.round(number) / "branches" / name
 
+    def branch_step(self, number: int, name: str, step: int) -> Path:
+        """A branch's weights after ``step`` steps, where they are kept: a part of its stage."""
+        return self.branch(number, name) / "steps" / f"{step:06d}"
+
     def branch_work(self, number: int, name: str) -> Path:
         """Where a branch's trainer keeps its own checkpoints until the branch is published."""
         return self.round(number) / "branches" / f"{name}.training"
@@ -183,6 +187,10 @@ class RunDir:
     def evaluation(self, number: int) -> Path:
         """Scores of a round, JSON."""
         return self.round(number) / "evaluation.json"
+
+    def results(self, number: int, name: str) -> Path:
+        """What a checkpoint answered to each problem, and whether it was right, JSONL (`motkit.evaluate`)."""
+        return self.round(number) / "evaluation" / f"{name}.jsonl"
 
     def source(self, key: str) -> Path:
         """What a run fetched from the hub, once: problems or a teacher's traces, JSONL."""
@@ -272,7 +280,7 @@ def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | No
         hashes: read every file and compare its SHA-256; else only its size.
     """
     for name, recorded in record["outputs"].items():
-        if record.get("pruned") and name.startswith("checkpoint/"):
+        if record.get("pruned") and is_prunable(name):
             continue
         path = folder / name
         if not path.is_file():
@@ -285,25 +293,38 @@ def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | No
     return None
 
 
-def prune_checkpoint(folder: Path) -> bool:
-    """Delete the ``checkpoint/`` of a done stage and keep its record; returns whether there was anything to delete.
+_PRUNABLE = ("checkpoint", "steps")
 
-    First the stage notes it (``pruned.json``), then the folder loses its name, then it is deleted: killed in between,
+
+def is_prunable(name: str) -> bool:
+    """Whether an output of a branch's stage is deleted when it is pruned: its weights, not its adapter."""
+    return name.partition("/")[0] in _PRUNABLE
+
+
+def prune_checkpoint(folder: Path) -> bool:
+    """Delete the weights of a done branch (``checkpoint/``, ``steps/``) and keep its record.
+
+    First the stage notes it (``pruned.json``), then each folder loses its name, then it is deleted: killed in between,
     the stage counts as pruned and the next call finishes.
+
+    Returns:
+        Whether there was anything to delete.
     """
-    checkpoint, doomed = folder / "checkpoint", folder / "checkpoint.pruned"
-    if not checkpoint.exists() and not doomed.exists():
+    present = [part for name in _PRUNABLE if (part := folder / name).exists()]
+    doomed = [part for name in _PRUNABLE if (part := folder / f"{name}.pruned").exists()]
+    if not present and not doomed:
         return False
     with storage_errors(folder):
         if not (folder / PRUNED).is_file():
-            sizes = [path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()]
+            sizes = [path.stat().st_size for part in present for path in part.rglob("*") if path.is_file()]
             write_json(folder / PRUNED, {"pruned": True, "freed_bytes": sum(sizes)})
-        if doomed.exists():
-            shutil.rmtree(doomed)
-        if checkpoint.exists():
-            os.rename(checkpoint, doomed)
+        for part in doomed:
+            shutil.rmtree(part)
+        for part in present:
+            unnamed = part.with_name(f"{part.name}.pruned")
+            os.rename(part, unnamed)
             sync(folder)
-            shutil.rmtree(doomed)
+            shutil.rmtree(unnamed)
     return True
 
 
@@ -317,11 +338,22 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def checkpoint_digest(record: Mapping[str, Any]) -> str:
-    """Identity of the checkpoint that a stage made: a digest of the hashes of the files in ``checkpoint/``."""
-    return digest(
-        {name: entry["sha256"] for name, entry in record["outputs"].items() if name.startswith("checkpoint/")}
-    )
+def checkpoint_digest(record: Mapping[str, Any], folder: str = "checkpoint") -> str:
+    """Identity of the checkpoint that a stage made: a digest of the hashes of the files in ``folder`` of it."""
+    return digest({name: entry["sha256"] for name, entry in record["outputs"].items() if name.startswith(f"{folder}/")})
+
+
+def link_file(source: str | Path, target: str | Path) -> None:
+    """The same file under a second name; a copy where the file system cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """`link_file` of every file below ``source``. Safe because what is published is never edited."""
+    shutil.copytree(source, target, copy_function=link_file, dirs_exist_ok=True)
 
 
 def require_space(folder: Path, num_bytes: int, what: str) -> None:

@@ -17,12 +17,11 @@ import copy
 import json
 import math
 import os
-import resource
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,6 @@ class BranchReport:
     train_seconds: float
     final_loss: float
     resumed_from_step: int
-    peak_memory_bytes: int
 
 
 def train_branch(
@@ -64,6 +62,7 @@ def train_branch(
     metrics: Path,
     settings: Mapping[str, Any],
     seed: int,
+    keep_steps: Sequence[int] = (),
     name: str,
     parameters: int,
     reports: Path,
@@ -82,10 +81,11 @@ def train_branch(
         metrics: JSONL file with a line per step: step, loss, learning_rate, grad_norm, tokens, seconds.
         settings: fields of SFTConfig and ``lora``, as checked by the recipe.
         seed: of the order of the traces (and of dropout, if the student has any).
+        keep_steps: steps after which the weights are also saved, into ``work/steps/000040``.
         name: of the branch, for progress, messages and ``report_to``.
         parameters: P, for the FLOPs.
         reports: folder for what ``report_to`` writes.
-        adapter_out: with ``lora``: folder to save the adapter into, in peft's format, float32.
+        adapter_out: needed with ``lora``: folder to save the adapter into, in peft's format, float32.
         base_name: with ``lora``: what the adapter names as its base.
 
     Raises:
@@ -155,32 +155,38 @@ def train_branch(
                 file=sys.stderr,
                 leave=False,
             )
-            trainer.add_callback(_branch_callback(name, steps_log, bar))
+
+            def save(folder: Path, adapter: Path | None) -> None:
+                saved = trainer.accelerator.unwrap_model(trainer.model)
+                if lora:
+                    assert adapter is not None
+                    _save_adapter(saved, adapter, base_name)
+                    adapters.materialise_checkpoint(student, adapter, folder)
+                    return
+                aligned = saved.config, saved.generation_config
+                saved.config, saved.generation_config = original_config, original_generation_config
+                saved.config.dtype = torch.float32
+                saved.save_pretrained(folder)
+                saved.config, saved.generation_config = aligned
+                copy_tokenizer(student, folder)
+
+            def keep(step: int) -> None:
+                if step in keep_steps:
+                    folder, adapter = work / "steps" / f"{step:06d}", work / "step-adapter"
+                    for left in (folder, adapter):  # by a killed process
+                        shutil.rmtree(left, ignore_errors=True)
+                    save(folder, adapter)
+                    shutil.rmtree(adapter, ignore_errors=True)
+
+            trainer.add_callback(_branch_callback(name, steps_log, bar, keep))
             started = time.perf_counter()
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             finally:
                 bar.close()
             seconds = time.perf_counter() - started
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        if lora:
-            assert adapter_out is not None
-            _save_adapter(trained, adapter_out, base_name)
-            adapter_parameters = trained.num_parameters(only_trainable=True)
-        else:
-            trained.config, trained.generation_config = original_config, original_generation_config
-            trained.config.dtype = torch.float32
-            trained.save_pretrained(out)
-            copy_tokenizer(student, out)
-            adapter_parameters = 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if on_gpu:
-        peak = torch.cuda.max_memory_allocated()
-    del trainer, model, trained
-    if on_gpu:
-        torch.cuda.empty_cache()
-    if adapter_out is not None and lora:
-        adapters.materialise_checkpoint(student, adapter_out, out)
+        save(out, adapter_out)
+        adapter_parameters = trainer.model.num_parameters(only_trainable=True) if lora else 0
     return BranchReport(
         steps=config.max_steps,
         tokens=steps_log.tokens,
@@ -189,7 +195,6 @@ def train_branch(
         train_seconds=steps_log.seconds_before + seconds,
         final_loss=steps_log.last_loss,
         resumed_from_step=first_step,
-        peak_memory_bytes=peak,
     )
 
 
@@ -341,7 +346,7 @@ class _StepLog:
         self._file.close()
 
 
-def _branch_callback(name: str, log: _StepLog, bar: Any) -> Any:
+def _branch_callback(name: str, log: _StepLog, bar: Any, keep: Callable[[int], None]) -> Any:
     from transformers import TrainerCallback
 
     class BranchCallback(TrainerCallback):
@@ -361,6 +366,7 @@ def _branch_callback(name: str, log: _StepLog, bar: Any) -> Any:
             bar.update(1)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            keep(state.global_step)
             if state.global_step >= state.max_steps:
                 control.should_save = False  # the branch itself is saved next; its optimizer is not needed again
 

@@ -54,7 +54,7 @@ def test_a_run_is_readable_and_its_student_loads(whole):
         "round_00", "round_01", "round_02", "summary.csv", "traces",
     ]  # fmt: skip
     assert sorted(path.name for path in (folder / "round_01").rglob("*") if path.is_dir()) == [
-        "branches", "checkpoint", "checkpoint", "checkpoint", "merged", "plain", "wordy",
+        "branches", "checkpoint", "checkpoint", "checkpoint", "evaluation", "merged", "plain", "wordy",
     ]  # fmt: skip
     assert os.readlink(folder / "final") == "round_02/published/checkpoint"
     student = AutoModelForCausalLM.from_pretrained(folder / "final")
@@ -565,3 +565,25 @@ def test_a_damaged_merge_stops_the_pruning_of_its_branches(whole, tmp_path):
     with pytest.raises(UserError, match="its SHA-256 differs"):
         run(recipe, tmp_path / "run", "keep_branches=last")
     assert (tmp_path / "run/round_01/branches/plain/checkpoint/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_weights_in_between_are_made_from_adapters_and_pruned_with_the_branch(whole_lora, tmp_path):
+    recipe, folder, _, _ = whole_lora
+    changes = ["evaluate.every_steps=2"]
+    run(recipe, tmp_path / "run", *changes, rounds=1)
+    stage = tmp_path / "run/round_01/branches/plain"
+    last, between = (load_file(stage / part / "model.safetensors") for part in ("checkpoint", "steps/000002"))
+    start = load_file(recipe.parent / "student/model.safetensors")
+    assert last.keys() == between.keys() == start.keys()
+    q_proj = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(between[q_proj], start[q_proj].float())
+    assert not torch.equal(between[q_proj], last[q_proj])
+    assert hash_file(stage / "checkpoint/model.safetensors") == hash_file(
+        folder / "round_01/branches/plain/checkpoint/model.safetensors"
+    )
+    scores = json.loads((tmp_path / "run/round_01/evaluation.json").read_text())
+    assert {"plain@2", "wordy@2"} <= scores.keys()
+    _, said = run(recipe, tmp_path / "run", *changes, "keep_branches=none")
+    assert "round_01/branches/plain: checkpoint pruned (keep_branches: none)" in said
+    assert sorted(path.name for path in stage.iterdir()) == ["adapter", "done.json", "metrics.jsonl", "pruned.json"]
