@@ -3,20 +3,16 @@
 An adapter says of each module that it targets: W → W + s·B·A with factors B (rows, r), A (r, columns) and a scaling s.
 Averaging B and A on their own is not averaging the updates, because a product is not linear in both; here the update
 itself is what counts. It is never stored: `LowRank` gives any span of Σ c·s·B·A in float64, and the merge adds it to
-the base and rounds once (`stream_sum`).
+the base and rounds once (`motkit.merge_stream.stream_merge`).
 
 Nothing is cached. mergekit's own cache of merged adapters is keyed by path and goes stale.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import re
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -24,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from motkit.checkpoint import copy_tokenizer
 from motkit.errors import UserError
-from motkit.merge_inputs import Checkpoint, listed, read_checkpoint, read_header, read_json, same_data
+from motkit.merge_inputs import Checkpoint, listed, read_checkpoint, read_header, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -205,150 +201,29 @@ def combined(terms: Sequence[tuple[Fraction, Adapter]]) -> dict[str, LowRank]:
     }
 
 
-def stream_sum(
-    inputs: Sequence[Checkpoint],
-    coefficients: Sequence[Fraction],
-    terms: Sequence[tuple[Fraction, Adapter]],
-    out_dtype: str | None,
-    out: Path,
-    *,
-    device: str = "cpu",
-    quiet: bool = True,
-) -> int:
-    """Write Σ c_k·x_k + Σ c_k·s_k·B_k·A_k from file to file, every element rounded once; returns bytes read.
-
-    Tensors that no adapter touches go through `WeightedMean`, exactly; the others are summed in float64.
+def materialise(base: Checkpoint, adapter: Adapter, out: Path, *, device: str = "cpu", quiet: bool = True) -> int:
+    """Write the weights of base + update in float32, each element the float64 sum rounded once; returns bytes read.
 
     Args:
-        inputs: checkpoints with equal tensor names and shapes.
-        coefficients: exact, one per input.
-        terms: (coefficient, adapter).
-        out_dtype: bfloat16, float16 or float32; None for the promoted dtype of each tensor's inputs.
-        out: an existing folder; gets ``model.safetensors``, or shards with an index.
-
-    Raises:
-        UserError: NaN or infinite values, dtypes that ``mot`` does not read, or integer buffers that differ between
-            inputs. All faults at once.
+        out: an existing folder; gets safetensors files only.
     """
-    import torch
-    from tqdm import tqdm
+    from motkit.merge_mean import MeanPlan
+    from motkit.merge_stream import stream_merge
 
-    from motkit.merge_methods import DTYPE_NAMES, WeightedMean, round_float64_
-    from motkit.merge_stream import TORCH_NAMES, _Files, _lay_out, _spans
-
-    updates = combined(terms)
-    names = sorted(inputs[0].names)
-    records = {name: [checkpoint.tensors[name] for checkpoint in inputs] for name in names}
-    faults, kinds = [], {}
-    for name, group in records.items():
-        codes = {record.dtype for record in group}
-        if not group[0].is_float:
-            kinds[name] = group[0].dtype
-            if not all(same_data(record, group[0]) for record in group[1:]):
-                faults.append(f"{name}: an integer buffer that differs between the inputs; mot cannot merge it")
-        elif codes <= {"BF16", "F16", "F32"}:
-            kept = codes.pop() if len(codes) == 1 else "F32"
-            kinds[name] = next((code for code, kind in TORCH_NAMES.items() if kind == out_dtype), kept)
-        else:
-            faults += [
-                f"{record.file}: {name}: dtype {record.dtype}: mot expects BF16, F16 or F32; convert the checkpoint"
-                for record in group
-                if record.dtype not in ("BF16", "F16", "F32")
-            ]
-    if faults:
-        raise UserError(listed(faults))
-    written = _lay_out(out, {name: (kinds[name], records[name][0].shape) for name in names})
-    broken: dict[tuple[Path, str], None] = {}
-
-    def merge(job: tuple[str, int, int]) -> int:
-        name, start, stop = job
-        group, target = records[name], written[name]
-        values, read = [], 0
-        for record in group:
-            item = (record.stop - record.start) // record.numel
-            data = torch.empty((stop - start) * item, dtype=torch.uint8)
-            files.read_into(record, start * item, data)
-            values.append(data.view(getattr(torch, TORCH_NAMES[record.dtype])).to(device) if record.is_float else data)
-            read += data.numel()
-        if not group[0].is_float:
-            result = values[0]
-        else:
-            result = torch.empty(stop - start, dtype=DTYPE_NAMES[TORCH_NAMES[target.dtype]], device=device)
-            if name in updates:
-                total = updates[name].span(start, stop).to(device)
-                for value, coefficient in zip(values, coefficients, strict=True):
-                    total.add_(value.to(torch.float64), alpha=float(coefficient))
-                finite = bool(torch.isfinite(total).all())
-                if finite and result.dtype is not torch.float32:  # float64 → float32 rounds once on its own
-                    round_float64_(total, result.dtype, torch.empty_like(total), torch.empty_like(total))
-                result.copy_(total)
-            else:
-                key = threading.get_ident(), target.dtype  # it owns its work space
-                mean = means[key] = means.get(key) or WeightedMean(coefficients, result.dtype, device)
-                pieces = [(a, min(a + mean.chunk, stop - start)) for a in range(0, stop - start, mean.chunk)]
-                finite = all(mean([value[a:b] for value in values], result[a:b]) for a, b in pieces)
-            if not finite:
-                for checkpoint, value in zip(inputs, values, strict=True):
-                    if not bool(torch.isfinite(value).all()):
-                        broken[(checkpoint.path, name)] = None
-        view = memoryview(result.cpu().view(torch.uint8).numpy())
-        offset = target.start + start * ((target.stop - target.start) // target.numel)
-        while view:
-            done = os.pwrite(targets[target.file], view, offset)
-            view, offset = view[done:], offset + done
-        with lock:
-            bar.update(read)
-        return read
-
-    lock = threading.Lock()
-    means: dict[tuple[int, str], WeightedMean] = {}
-    size = sum(record.stop - record.start for group in records.values() for record in group)
-    jobs = ((name, start, stop) for name in names for start, stop in _spans(records[name][0].numel))
-    with contextlib.ExitStack() as stack:
-        files = stack.enter_context(_Files())
-        bar = stack.enter_context(tqdm(desc="Merging", total=size, unit="B", unit_scale=True, disable=quiet))
-        targets = {}
-        for file in {record.file for record in written.values()}:
-            targets[file] = os.open(file, os.O_WRONLY)
-            stack.callback(os.close, targets[file])
-        with ThreadPoolExecutor(min(torch.get_num_threads(), 8) if device == "cpu" else 1) as pool:
-            read = sum(pool.map(merge, jobs))
-    if broken:
-        faults = [f"{path}: {name}: holds NaN or infinite values" for path, name in sorted(broken)]
-        raise UserError(listed([f"{fault}; train that branch again or leave it out" for fault in faults]))
-    return read
-
-
-def materialise(base: Checkpoint, adapter: Adapter, out: Path, *, device: str = "cpu") -> None:
-    """Make a whole checkpoint of base + update in float32, with the base's config and tokenizer.
-
-    Each element is the float64 sum rounded once.
-    """
-    out.mkdir(parents=True)
-    one = Fraction(1)
-    stream_sum([base], [one], [(one, adapter)], "float32", out, device=device)
-    config = _with_dtype({key: value for key, value in base.config.items() if key != "torch_dtype"}, "float32")
-    text = json.dumps({**config, "dtype": "float32"}, indent=2, ensure_ascii=False) + "\n"
-    (out / "config.json").write_text(text, encoding="utf-8")
-    copy_tokenizer(base.path, out)
+    updates = combined([(Fraction(1), adapter)])
+    plan = MeanPlan([Fraction(1)])
+    return stream_merge(plan, [base], "float32", out, method="mot", device=device, quiet=quiet, updates=updates)
 
 
 def materialise_checkpoint(base: Path, adapter: Path, out: Path) -> None:
-    """`materialise` from folders."""
+    """A whole checkpoint of base + update, float32, with the base's config and tokenizer."""
     checkpoint = read_checkpoint(base)
+    out.mkdir()
     materialise(checkpoint, read_adapter(adapter, checkpoint), out)
-
-
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A config, and those of its parts, with another dtype wherever it names one."""
-    return {
-        key: _with_dtype(value, dtype)
-        if isinstance(value, dict)
-        else dtype
-        if key in ("dtype", "torch_dtype") and isinstance(value, str)
-        else value
-        for key, value in config.items()
-    }
+    config = {key: value for key, value in checkpoint.config.items() if key != "torch_dtype"}
+    text = json.dumps({**config, "dtype": "float32"}, indent=2, ensure_ascii=False) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+    copy_tokenizer(base, out)
 
 
 def write_adapter(out: Path, config: Any, factors: Mapping[str, "torch.Tensor"], base_name: str) -> None:

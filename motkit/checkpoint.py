@@ -59,6 +59,12 @@ def find_checkpoint(student: str, remedy: str = "") -> Path:
         ) from error
 
 
+def content_files(checkpoint: Path) -> list[Path]:
+    """Every file of a checkpoint that says what it is, sorted: the model card is none."""
+    files = (path for path in checkpoint.rglob("*") if path.is_file())
+    return sorted(path for path in files if path.name not in {"README.md", ".gitattributes"})
+
+
 def pruned_fault(checkpoint: Path) -> str | None:
     """What to say of a branch's checkpoint that ``keep_branches`` has deleted; None if it was not."""
     stage = checkpoint.parent
@@ -70,12 +76,6 @@ def pruned_fault(checkpoint: Path) -> str | None:
     else:
         how = "a new run with keep_branches=all trains it again"
     return f"{checkpoint}: was pruned (keep_branches); {how}"
-
-
-def content_files(checkpoint: Path) -> list[Path]:
-    """Every file of a checkpoint that says what it is, sorted: the model card is none."""
-    files = (path for path in checkpoint.rglob("*") if path.is_file())
-    return sorted(path for path in files if path.name not in {"README.md", ".gitattributes"})
 
 
 def weight_files(checkpoint: Path) -> list[Path]:

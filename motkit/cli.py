@@ -411,7 +411,7 @@ def import_command(
 
 @main.command("status")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--verbose", is_flag=True, help="Also what every stage spent.")
+@click.option("--verbose", is_flag=True, help="Also what every stage spent, and how far the branches agree.")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON; with --verbose also the costs.")
 def status_command(run: Path, verbose: bool, as_json: bool) -> None:
     """Table what RUN (a run directory or a comparison) holds: each branch and merge, its scores, and what all cost."""
@@ -431,6 +431,8 @@ def status_command(run: Path, verbose: bool, as_json: bool) -> None:
         return
     if not as_json:
         _print_report(run)
+    if verbose and not as_json:
+        _print_agreement(run)
     _print_summary(table, run, as_json)
     if not as_json and len(costs):
         _print_costs(f"{run}: what it cost", total_costs(costs).assign(stage=lambda totals: totals["kind"]))
@@ -640,6 +642,23 @@ def _print_report(folder: Path) -> None:
     report = read_json(RunDir(folder).traces / "report.json")
     if report:
         _print_table(f"{folder}: traces", REPORT_HEADINGS, report_rows(report))
+
+
+def _print_agreement(folder: Path) -> None:
+    """Table how far the branches agree: the whole model in every round, and the layers of the last."""
+    from motkit.merge_agreement import HEADINGS, MODEL, agreement_rows, read_agreement
+    from motkit.rundir import RunDir
+
+    files = sorted(RunDir(folder).root.glob("round_*/merged/agreement.csv"))
+    rows = []
+    for file in files:
+        values = read_agreement(file)
+        if file != files[-1]:
+            values = [value for value in values if value.layer == MODEL]
+        number = str(int(file.parts[-3].removeprefix("round_")))
+        rows += [[number, *row] for row in agreement_rows(values)]
+    if rows:
+        _print_table(f"{folder}: agreement of the branches", ["round", *HEADINGS], rows, bold=MODEL)
 
 
 def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], bold: str = "") -> None:

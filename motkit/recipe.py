@@ -394,6 +394,20 @@ class Evaluation(_Section):
         return ProblemSource(path=self.problems) if isinstance(self.problems, str) else self.problems
 
 
+class Server(_Section):
+    """The outer optimizer, whose gradient is the mean update of a round (`motkit.merge_server`)."""
+
+    learning_rate: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
+    nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> "Server":
+        if self.nesterov and not self.momentum:
+            raise ValueError("'nesterov' needs 'momentum' above 0")
+        return self
+
+
 class Recipe(_Section):
     """A whole experiment. Every path in it is absolute once loaded."""
 
@@ -406,6 +420,8 @@ class Recipe(_Section):
     train: dict[str, Any]
     merge: str | dict[str, Any] = "mot"
     merged_adapter: MergedAdapter | None = Field(default=None, description="true, or {r: N}; goes with train.lora")
+    weights: str | dict[str, float] | None = Field(default=None, description="auto, or teacher → number ≥ 0")
+    server: Server | None = None
     precision: Precision = Precision()
     keep_branches: Literal["all", "last", "none"] = Field(
         default="all", description="whose branch checkpoints stay on the disk once their round is finished"
@@ -439,6 +455,32 @@ class Recipe(_Section):
     def _adapters_to_merge(self) -> "Recipe":
         if self.merged_adapter is not None and "lora" not in self.train:
             raise ValueError("merged_adapter: goes with 'train.lora': a merge of whole students is no low-rank update")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_of_teachers(self) -> "Recipe":
+        weights, names = self.weights, [teacher.name for teacher in self.teachers]
+        if weights is None:
+            return self
+        faults = []
+        if self.branches == "union":
+            faults.append("weights: 'branches: union' has one branch; leave 'weights' out")
+        if isinstance(weights, str):
+            if weights != "auto":
+                faults.append(f"weights: got {weights!r}, expected auto or a mapping of teachers to numbers")
+            elif self.evaluate is None or not self.evaluate.traces:
+                faults.append("weights: auto needs held-out traces; give 'evaluate.traces', or a number per teacher")
+        else:
+            faults += [f"weights.{name}: missing; give every teacher a number" for name in names if name not in weights]
+            for name, weight in weights.items():
+                if name not in names:
+                    faults.append(f"weights.{name}: no such teacher{_nearest(name, names)}")
+                elif not 0 <= weight < float("inf"):
+                    faults.append(f"weights.{name}: got {weight}, expected a number of at least 0")
+            if not sum(weights.values()) > 0:
+                faults.append("weights: all are 0; give at least one teacher a number above 0")
+        if faults:
+            raise ValueError("\n".join(faults))
         return self
 
     @field_validator("problems")
@@ -793,7 +835,9 @@ def _section_fields(location: Sequence[str | int]) -> list[str]:
 
 
 def _describe(fault: Any) -> str:
-    location = [part for part in fault["loc"] if part not in {"str", "dict[str,any]", "ProblemSource"}]
+    location = [
+        part for part in fault["loc"] if part not in {"str", "dict[str,any]", "dict[str,float]", "ProblemSource"}
+    ]
     where = ".".join(f"[{part}]" if isinstance(part, int) else str(part) for part in location).replace(".[", "[")
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(str(location[-1]), _section_fields(location[:-1]))}"

@@ -18,7 +18,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from motkit import adapters, generate, importing, merge, publish, rundir, train
+from motkit import (
+    adapters,
+    evaluate,
+    generate,
+    importing,
+    merge,
+    merge_agreement,
+    merge_weights,
+    publish,
+    rundir,
+    train,
+)
 from motkit import checkpoint as checkpoints
 from motkit.errors import UserError
 from motkit.filter import LOSSES, PreparedTraces, filter_traces
@@ -235,7 +246,7 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
                 StagePlan(
                     f"{folder.relative(folder.round(number))}/branches/*/checkpoint",
                     "prune" if whole else "skip",
-                    disk_bytes=-size * (1 + len(recipe.kept_steps)) * whole or None,
+                    disk_bytes=-now.parameters * 4 * (1 + len(recipe.kept_steps)) * whole or None,
                 )
             )
     if last == recipe.rounds:
@@ -274,7 +285,9 @@ class _Run:
         lora = self.recipe.lora
         self.adapter_parameters = train.count_adapter_parameters(self.student_path, lora) if lora else 0
         self.merge_config = merge.load_merge_config(self.recipe.merge)
-        merge.check_merge_config(self.merge_config, num_branches=len(self.recipe.branch_names))
+        merge.check_merge_config(
+            self.merge_config, num_branches=len(self.recipe.branch_names), weighted=self.recipe.weights is not None
+        )
         self.recipe = self.recipe.model_copy(update={"merge": self.merge_config})
         self.all_problems, self.problems = importing.seed_problems(self.recipe, self.folder.source("problems"))
         self.tokenizer = checkpoints.load_tokenizer(self.student_path)
@@ -477,8 +490,8 @@ class _Run:
         if record is None:
             # The branch, and two of the trainer's checkpoints with their optimizer; those of adapters are small.
             trained = self.adapter_parameters or self.parameters
-            whole = self.parameters * (1 + len(self.recipe.kept_steps))
-            rundir.require_space(folder, (whole + 3 * trained) * 4, f"training branch {name}")
+            kept = self.parameters * len(self.recipe.kept_steps)
+            rundir.require_space(folder, (self.parameters + 3 * trained + kept) * 4, f"training branch {name}")
             self._verify(student)
             fingerprint = rundir.digest(inputs)
             if work.exists() and _read_text(work / "inputs.sha256") != fingerprint:
@@ -505,7 +518,7 @@ class _Run:
                 )
                 shutil.copyfile(work / "metrics.jsonl", partial / "metrics.jsonl")
                 if self.recipe.kept_steps:
-                    os.rename(work / "steps", partial / "steps")
+                    rundir.link_tree(work / "steps", partial / "steps")
                 meter.stop()
                 memory = meter.peak_memory_bytes
                 cost = {**asdict(report), "seconds": report.train_seconds, "peak_memory_bytes": memory}
@@ -534,10 +547,10 @@ class _Run:
         return models
 
     def merge(self, number: int, student: Model, branches: Mapping[str, Model]) -> Model:
-        """Stage ``round_NN/merged``."""
+        """Stage ``round_NN/merged``: the merge, with what it says of the branches' agreement."""
         folder = self.folder.merged(number)
-        carry = self.recipe.precision.carry
-        inputs = {
+        carry, server = self.recipe.precision.carry, self.recipe.server
+        inputs: dict[str, Any] = {
             "student": student.digest,
             "branches": {name: branch.digest for name, branch in branches.items()},
             "config": self.merge_config,
@@ -546,24 +559,47 @@ class _Run:
         }
         if self.recipe.merged_adapter is not None:
             inputs["merged_adapter"] = self.recipe.merged_adapter.model_dump()
+        if self.recipe.weights is not None:
+            heldout = {k: e["sha256"] for k, e in self.input_hashes.items() if k.startswith("evaluate")}
+            inputs["weights"] = [self.recipe.weights, heldout] if self.recipe.weights == "auto" else self.recipe.weights
+        velocity = self.folder.merged(number - 1) / "server" if server is not None and number > 1 else None
+        if server is not None:
+            before = rundir.read_done(velocity.parent) if velocity is not None else None
+            state = {
+                n: e["sha256"] for n, e in (before or {"outputs": {}})["outputs"].items() if n.startswith("server/")
+            }
+            inputs["server"] = {**server.model_dump(), "velocity": rundir.digest(state) if velocity else None}
         record = self._done(folder, inputs)
         if record is None:
-            rundir.require_space(folder, self.parameters * _BYTES[carry], "the merge")
+            kept = 3 if server is not None else 1  # the mean, the velocity, the checkpoint
+            rundir.require_space(folder, self.parameters * (_BYTES[carry] + 4 * (kept - 1)), "the merge")
             self._require_unpruned(list(branches.values()), self.folder.relative(folder))
             for model in (student, *branches.values()):
                 self._verify(model)
             self._say_stage(folder, "runs")
             ordered, averages = list(branches.values()), merge.takes_adapters(self.merge_config)
             with rundir.publish(folder) as partial, Meter() as meter:
-                report = merge.merge_checkpoints(
-                    self.merge_config,
-                    partial / "checkpoint",
-                    base=student.path,
-                    branches=[branch.adapter if averages and branch.adapter else branch.path for branch in ordered],
-                    out_dtype=carry,
-                    seed=self.recipe.seed + number,
-                    quiet=not self.progress,
-                )
+                weights = self._branch_weights(branches, partial)
+                settings: dict[str, Any] = {
+                    "base": student.path,
+                    "branches": [b.adapter if averages and b.adapter else b.path for b in ordered],
+                    "weights": weights,
+                    "out_dtype": carry,
+                    "seed": self.recipe.seed + number,
+                    "quiet": not self.progress,
+                }
+                if server is None:
+                    report = merge.merge_checkpoints(self.merge_config, partial / "checkpoint", **settings)
+                else:
+                    report = merge.merge_with_server_step(
+                        self.merge_config,
+                        partial / "checkpoint",
+                        partial / "server",
+                        velocity=velocity,
+                        server=server.model_dump(),
+                        **settings,
+                    )
+                self._write_agreement(student, branches, partial)
                 shutil.copyfile(partial / "checkpoint" / "mergekit_config.yml", partial / "merge.yaml")
                 if self.recipe.merged_adapter is not None:
                     self._extract_adapter(partial, ordered)
@@ -589,6 +625,41 @@ class _Run:
         )
         rundir.write_json(merged / "adapter_error.json", error)
         self.say(f"merged adapter: rank {error['rank']}, relative error {error['relative_error']:.3g}")
+
+    def _branch_weights(self, branches: Mapping[str, Model], partial: Path) -> list[float] | None:
+        """The recipe's weights, or those that a search finds; recorded in ``weights.json``."""
+        chosen = self.recipe.weights
+        if chosen is None:
+            return None
+        found: dict[str, Any] = {}
+        if isinstance(chosen, str):
+            assert self.scorer is not None
+            traces = weights_subset(self.scorer.heldout)
+            mean = merge_weights.MeanInMemory([branch.path for branch in branches.values()])
+            search = merge_weights.search_weights(
+                lambda weights: evaluate.heldout_loss(mean.set_weights(weights), traces)[0], len(branches)
+            )
+            chosen = dict(zip(branches, search.weights, strict=True))
+            found = {key: value for key, value in asdict(search).items() if key != "weights"} | {"traces": len(traces)}
+            listed = ", ".join(f"{name} {weight:.3f}" for name, weight in chosen.items())
+            self.say(
+                f"weights: {listed} (held-out loss {search.loss:.4f}; uniform {search.uniform_loss:.4f}; "
+                f"{search.evaluations} evaluations)"
+            )
+        rundir.write_json(partial / "weights.json", {"weights": chosen, **found})
+        return [chosen[name] for name in branches]
+
+    def _write_agreement(self, student: Model, branches: Mapping[str, Model], partial: Path) -> None:
+        """``agreement.csv``; a merge that changes the model's shape has none."""
+        paths = {name: branch.path for name, branch in branches.items()}
+        try:
+            rows = merge_agreement.measure_agreement(
+                student.path, paths, partial / "checkpoint", quiet=not self.progress
+            )
+        except UserError as reason:
+            self.say(f"agreement of the branches: not measured: {str(reason).splitlines()[0]}")
+            return
+        rundir.write_text(partial / "agreement.csv", merge_agreement.agreement_csv(rows))
 
     def evaluate(self, number: int, models: Mapping[str, Model]) -> None:
         """``round_NN/evaluation.json``: one entry per checkpoint, each written when it is known."""
@@ -667,8 +738,7 @@ class _Run:
                 self._say_stage(stage, f"checkpoint pruned (keep_branches: {self.recipe.keep_branches})")
 
     def _require_unpruned(self, models: Sequence[Model], what: str) -> None:
-        stages = [_stage(model.path) for model in models if model.path != self.student_path]
-        pruned = [str(stage) for stage in stages if (rundir.read_done(stage) or {}).get("pruned")]
+        pruned = [str(_stage_of(model)) for model in models if (rundir.read_done(_stage_of(model)) or {}).get("pruned")]
         if pruned:
             raise UserError(
                 f"{what}: must be made again, but its branches' checkpoints were pruned (keep_branches); delete "
@@ -751,7 +821,7 @@ class _Run:
         """Before a checkpoint is read: compare the bytes of what an earlier process made with its record."""
         if model.path in self.made_here or model.path == self.student_path:
             return
-        stage = _stage(model.path)
+        stage = _stage_of(model)
         record = rundir.read_done(stage)
         wrong = "its record is gone" if record is None else rundir.damage(stage, record, hashes=True)
         if wrong:
@@ -761,6 +831,21 @@ class _Run:
 
     def _say_stage(self, path: Path, what: str) -> None:
         self.say(f"{self.folder.relative(path)}: {what}")
+
+
+def weights_subset(heldout: Mapping[str, Sequence[RenderedTrace]], max_tokens: int = 16_384) -> list[RenderedTrace]:
+    """The held-out traces that ``weights: auto`` is decided on: in turn one of each set, until there are enough tokens.
+
+    The same in every round. At least one trace of every set is in it.
+    """
+    chosen: list[RenderedTrace] = []
+    tokens = 0
+    for place in range(max(len(traces) for traces in heldout.values())):
+        for traces in heldout.values():
+            if place < len(traces) and (place == 0 or tokens + len(traces[place].input_ids) <= max_tokens):
+                chosen.append(traces[place])
+                tokens += len(traces[place].input_ids)
+    return chosen
 
 
 @contextlib.contextmanager
@@ -843,9 +928,9 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def _stage(checkpoint: Path) -> Path:
-    """The folder of the stage that a checkpoint is a part of."""
-    return next((folder for folder in checkpoint.parents if (folder / "done.json").is_file()), checkpoint.parent)
+def _stage_of(model: Model) -> Path:
+    """The stage folder that holds a checkpoint."""
+    return next((folder for folder in model.path.parents if (folder / "done.json").is_file()), model.path.parent)
 
 
 def _is_pruned(recipe: Recipe, number: int) -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 from motkit.checkpoint import PRUNED
 from motkit.errors import UserError
 
+_PRUNABLE = ("checkpoint/", "steps/")
 _STORAGE_ERRNOS = {
     errno.ENOSPC: "no space left on the disk; free some or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some or choose another folder",
@@ -273,6 +274,11 @@ def read_done(folder: Path) -> dict[str, Any] | None:
     return {**record, "pruned": True} if (folder / PRUNED).is_file() else record
 
 
+def is_pruned(record: Mapping[str, Any], name: str) -> bool:
+    """Whether an output of a stage was deleted on purpose."""
+    return bool(record.get("pruned")) and name.startswith(_PRUNABLE)
+
+
 def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | None:
     """What is wrong with a done stage's outputs, in words; None if they are as recorded.
 
@@ -280,7 +286,7 @@ def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | No
         hashes: read every file and compare its SHA-256; else only its size.
     """
     for name, recorded in record["outputs"].items():
-        if record.get("pruned") and is_prunable(name):
+        if is_pruned(record, name):
             continue
         path = folder / name
         if not path.is_file():
@@ -293,38 +299,28 @@ def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | No
     return None
 
 
-_PRUNABLE = ("checkpoint", "steps")
-
-
-def is_prunable(name: str) -> bool:
-    """Whether an output of a branch's stage is deleted when it is pruned: its weights, not its adapter."""
-    return name.partition("/")[0] in _PRUNABLE
-
-
 def prune_checkpoint(folder: Path) -> bool:
-    """Delete the weights of a done branch (``checkpoint/``, ``steps/``) and keep its record.
+    """Delete the weights of a done branch (``checkpoint/``, and ``steps/`` in between) and keep its record; returns
+    whether there was anything to delete.
 
-    First the stage notes it (``pruned.json``), then each folder loses its name, then it is deleted: killed in between,
-    the stage counts as pruned and the next call finishes.
-
-    Returns:
-        Whether there was anything to delete.
+    First the stage notes it (``pruned.json``), then a folder loses its name, then it is deleted: killed in between, the
+    stage counts as pruned and the next call finishes.
     """
-    present = [part for name in _PRUNABLE if (part := folder / name).exists()]
-    doomed = [part for name in _PRUNABLE if (part := folder / f"{name}.pruned").exists()]
-    if not present and not doomed:
+    kept = [folder / name.rstrip("/") for name in _PRUNABLE]
+    doomed = [path.with_name(f"{path.name}.pruned") for path in kept]
+    if not any(path.exists() for path in (*kept, *doomed)):
         return False
     with storage_errors(folder):
         if not (folder / PRUNED).is_file():
-            sizes = [path.stat().st_size for part in present for path in part.rglob("*") if path.is_file()]
-            write_json(folder / PRUNED, {"pruned": True, "freed_bytes": sum(sizes)})
-        for part in doomed:
-            shutil.rmtree(part)
-        for part in present:
-            unnamed = part.with_name(f"{part.name}.pruned")
-            os.rename(part, unnamed)
-            sync(folder)
-            shutil.rmtree(unnamed)
+            files = [path for top in kept for path in top.rglob("*") if path.is_file()]
+            write_json(folder / PRUNED, {"pruned": True, "freed_bytes": sum(path.stat().st_size for path in files)})
+        for path, away in zip(kept, doomed, strict=True):
+            if away.exists():
+                shutil.rmtree(away)
+            if path.exists():
+                os.rename(path, away)
+                sync(folder)
+                shutil.rmtree(away)
     return True
 
 

@@ -108,10 +108,8 @@ def ledger(run: str | Path) -> "pandas.DataFrame":
         record = rundir.read_done(stage)
         if record is not None:
             cost = record.get("cost", {})
-            gone = record.get("pruned", False)
-            disk = sum(
-                output["bytes"] for name, output in record["outputs"].items() if not (gone and rundir.is_prunable(name))
-            )
+            outputs = record["outputs"].items()
+            disk = sum(output["bytes"] for name, output in outputs if not rundir.is_pruned(record, name))
             known = {column: cost[column] for column in LEDGER_COLUMNS if column in cost}
             steps = {"branch_steps": cost["steps"]} if "steps" in cost else {}
             rows.append({"stage": folder.relative(stage), "kind": kind, **steps, **known, "disk_bytes": disk})

@@ -85,7 +85,7 @@ def train_branch(
         name: of the branch, for progress, messages and ``report_to``.
         parameters: P, for the FLOPs.
         reports: folder for what ``report_to`` writes.
-        adapter_out: needed with ``lora``: folder to save the adapter into, in peft's format, float32.
+        adapter_out: with ``lora``: folder to save the adapter into, in peft's format, float32.
         base_name: with ``lora``: what the adapter names as its base.
 
     Raises:
@@ -158,8 +158,7 @@ def train_branch(
 
             def save(folder: Path, adapter: Path | None) -> None:
                 saved = trainer.accelerator.unwrap_model(trainer.model)
-                if lora:
-                    assert adapter is not None
+                if adapter is not None:
                     _save_adapter(saved, adapter, base_name)
                     adapters.materialise_checkpoint(student, adapter, folder)
                     return
@@ -172,11 +171,11 @@ def train_branch(
 
             def keep(step: int) -> None:
                 if step in keep_steps:
-                    folder, adapter = work / "steps" / f"{step:06d}", work / "step-adapter"
-                    for left in (folder, adapter):  # by a killed process
-                        shutil.rmtree(left, ignore_errors=True)
-                    save(folder, adapter)
-                    shutil.rmtree(adapter, ignore_errors=True)
+                    for kind in ("steps", "adapters"):
+                        (work / kind).mkdir(exist_ok=True)
+                        if (work / kind / f"{step:06d}").exists():  # of an attempt that was killed
+                            shutil.rmtree(work / kind / f"{step:06d}")
+                    save(work / "steps" / f"{step:06d}", work / "adapters" / f"{step:06d}" if lora else None)
 
             trainer.add_callback(_branch_callback(name, steps_log, bar, keep))
             started = time.perf_counter()
@@ -185,8 +184,10 @@ def train_branch(
             finally:
                 bar.close()
             seconds = time.perf_counter() - started
-        save(out, adapter_out)
-        adapter_parameters = trainer.model.num_parameters(only_trainable=True) if lora else 0
+        save(out, adapter_out if lora else None)
+        adapter_parameters = 0
+        if lora:
+            adapter_parameters = trainer.accelerator.unwrap_model(trainer.model).num_parameters(only_trainable=True)
     return BranchReport(
         steps=config.max_steps,
         tokens=steps_log.tokens,

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from motkit import merge, merge_stream, rounds, rundir, train
+from motkit import merge, rounds, rundir, spans, train
 from motkit.recipe import load_recipe
 
 
@@ -50,15 +50,15 @@ def before_seal():
 
 def in_merge():
     """Some of the merged weights are written."""
-    original, calls = merge_stream._write_all, []
+    original, calls = spans.Targets.write, []
 
-    def write_all(*arguments):
+    def write(*arguments):
         calls.append(arguments)
         if len(calls) == 5:
             die()
         original(*arguments)
 
-    merge_stream._write_all = write_all
+    spans.Targets.write = write
 
 
 def after_merged_weights():

@@ -403,7 +403,7 @@ def test_the_merged_adapter_loads_on_the_runs_own_student(whole_lora):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["training", "checkpoint write", "after branch", "after merged weights"])
+@pytest.mark.parametrize("moment", ["training", "checkpoint write", "after branch", "merge"])
 def test_a_killed_run_of_adapters_goes_on_to_the_same_bytes(whole_lora, tmp_path, moment):
     recipe, folder, _, _ = whole_lora
     killed_at(moment, recipe, tmp_path / "run")
