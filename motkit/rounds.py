@@ -185,7 +185,7 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
         report = now.prepared_before() or now.filtered().report
     finally:
         now.close()
-    steps, size = recipe.train["max_steps"], (now.parameters + now.adapter_parameters) * 4
+    steps, size = recipe.train["max_steps"], now.parameters * 4
     merged_bytes = now.parameters * _BYTES[recipe.precision.carry]
     if recipe.merged_adapter is not None and recipe.lora is not None:
         merged_bytes += now.adapter_parameters * 4 * (recipe.merged_adapter.r or recipe.lora.r) // recipe.lora.r
@@ -228,7 +228,7 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
                     rows=kept,
                     steps=steps,
                     tokens=round(steps * batch * tokens / kept),
-                    disk_bytes=size * (1 + len(recipe.kept_steps)),
+                    disk_bytes=size * (1 + len(recipe.kept_steps)) + now.adapter_parameters * 4,
                 )
             )
         plan.append(
@@ -241,12 +241,12 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
         evaluation(number, recipe.scored_names)
         if _is_pruned(recipe, number):
             records = [rundir.read_done(folder.branch(number, name)) for name in recipe.branch_names]
-            whole = sum(not (record and record["pruned"]) for record in records)
+            whole = sum(not (record and record.get("pruned")) for record in records)
             plan.append(
                 StagePlan(
                     f"{folder.relative(folder.round(number))}/branches/*/checkpoint",
                     "prune" if whole else "skip",
-                    disk_bytes=-now.parameters * 4 * whole or None,
+                    disk_bytes=-now.parameters * 4 * (1 + len(recipe.kept_steps)) * whole or None,
                 )
             )
     if last == recipe.rounds:
@@ -699,7 +699,7 @@ class _Run:
         for other in self.shared:
             for stage in sorted(other.root.glob("round_*/branches/*/done.json")):
                 record = rundir.read_done(stage.parent)
-                if record is None or record["pruned"] or record["inputs"] != json.loads(json.dumps(inputs)):
+                if record is None or record.get("pruned") or record["inputs"] != json.loads(json.dumps(inputs)):
                     continue
                 if rundir.damage(stage.parent, record, hashes=False) is not None:
                     continue

@@ -266,12 +266,17 @@ def write_done(folder: Path, inputs: Mapping[str, Any], **details: Any) -> dict[
 def read_done(folder: Path) -> dict[str, Any] | None:
     """The completion record of a stage; None if it is not done (or its record cannot be read).
 
-    ``pruned`` is True in it once `prune_checkpoint` has begun on the stage.
+    Once `prune_checkpoint` has begun on the stage, it holds ``pruned: True``.
     """
     record = read_json(folder / "done.json")
     if "outputs" not in record:
         return None
-    return {**record, "pruned": (folder / PRUNED).is_file()}
+    return {**record, "pruned": True} if (folder / PRUNED).is_file() else record
+
+
+def is_pruned(record: Mapping[str, Any], name: str) -> bool:
+    """Whether an output of a stage was deleted on purpose."""
+    return bool(record.get("pruned")) and name.startswith(_PRUNABLE)
 
 
 def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | None:
@@ -281,7 +286,7 @@ def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | No
         hashes: read every file and compare its SHA-256; else only its size.
     """
     for name, recorded in record["outputs"].items():
-        if record.get("pruned") and name.startswith(_PRUNABLE):
+        if is_pruned(record, name):
             continue
         path = folder / name
         if not path.is_file():

@@ -108,7 +108,8 @@ def ledger(run: str | Path) -> "pandas.DataFrame":
         record = rundir.read_done(stage)
         if record is not None:
             cost = record.get("cost", {})
-            disk = sum(output["bytes"] for output in record["outputs"].values())
+            outputs = record["outputs"].items()
+            disk = sum(output["bytes"] for name, output in outputs if not rundir.is_pruned(record, name))
             known = {column: cost[column] for column in LEDGER_COLUMNS if column in cost}
             steps = {"branch_steps": cost["steps"]} if "steps" in cost else {}
             rows.append({"stage": folder.relative(stage), "kind": kind, **steps, **known, "disk_bytes": disk})

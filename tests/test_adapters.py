@@ -362,6 +362,18 @@ def test_an_adapter_of_fused_experts_is_refused(make_pico, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.weight", "model.norm.weight"])
+def test_a_base_that_is_not_finite_is_refused_by_name(make_pico, tmp_path, name):
+    student = make_pico("llama", tmp_path / "student", dtype="float32")
+    adapter = make_adapter(student, tmp_path / "a")
+    weights = load_file(student / "model.safetensors")
+    weights[name].view(-1)[-1] = math.nan
+    save_file(weights, student / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"student: {name}: holds NaN"):
+        merge_checkpoints("mot", tmp_path / "out", base=student, branches=[adapter], quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_ranks_and_alphas_of_single_modules_count(make_pico, tmp_path):
     import peft
 

@@ -502,6 +502,25 @@ def test_pruned_branches_leave_their_records_and_the_same_student(whole, tmp_pat
     assert all("is done" in line or line.startswith("traces") for line in said), said
 
 
+def test_the_plan_says_how_much_disk_is_in_use_at_one_time(tmp_path, make_pico):
+    from click.testing import CliRunner
+
+    from motkit.checkpoint import count_parameters
+    from motkit.cli import main
+
+    recipe = write_experiment(tmp_path, make_pico)
+    size = count_parameters(tmp_path / "student") * 4
+    command = ["round", str(recipe), "--all", "--run", str(tmp_path / "run"), "--dry-run"]
+    last, every = (CliRunner().invoke(main, [*command, *more]).output for more in (["keep_branches=last"], []))
+    megabytes = lambda checkpoints: f"{checkpoints * size / 1e6:.1f} MB"  # noqa: E731
+    # Two rounds of two branches and a merge; the student, published in half the bytes.
+    assert f"disk to be written: {megabytes(6.5)}, and" in last
+    assert f"of it at one time at most {megabytes(4.5)}, in the end {megabytes(4.5)}" in last
+    assert f"disk to be written: {megabytes(6.5)}, and" in every
+    assert "at one time" not in every
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", PRUNING_MOMENTS)
 def test_a_run_killed_while_it_prunes_goes_on(whole, tmp_path, moment):
@@ -546,3 +565,25 @@ def test_a_damaged_merge_stops_the_pruning_of_its_branches(whole, tmp_path):
     with pytest.raises(UserError, match="its SHA-256 differs"):
         run(recipe, tmp_path / "run", "keep_branches=last")
     assert (tmp_path / "run/round_01/branches/plain/checkpoint/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_weights_in_between_are_made_from_adapters_and_pruned_with_the_branch(whole_lora, tmp_path):
+    recipe, folder, _, _ = whole_lora
+    changes = ["evaluate.every_steps=2"]
+    run(recipe, tmp_path / "run", *changes, rounds=1)
+    stage = tmp_path / "run/round_01/branches/plain"
+    last, between = (load_file(stage / part / "model.safetensors") for part in ("checkpoint", "steps/000002"))
+    start = load_file(recipe.parent / "student/model.safetensors")
+    assert last.keys() == between.keys() == start.keys()
+    q_proj = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(between[q_proj], start[q_proj].float())
+    assert not torch.equal(between[q_proj], last[q_proj])
+    assert hash_file(stage / "checkpoint/model.safetensors") == hash_file(
+        folder / "round_01/branches/plain/checkpoint/model.safetensors"
+    )
+    scores = json.loads((tmp_path / "run/round_01/evaluation.json").read_text())
+    assert {"plain@2", "wordy@2"} <= scores.keys()
+    _, said = run(recipe, tmp_path / "run", *changes, "keep_branches=none")
+    assert "round_01/branches/plain: checkpoint pruned (keep_branches: none)" in said
+    assert sorted(path.name for path in stage.iterdir()) == ["adapter", "done.json", "metrics.jsonl", "pruned.json"]
