@@ -199,7 +199,6 @@ def run_comparison(
         prepared = folder.root / "prepared"
         run_rounds(recipe, prepared, rounds=0, progress=progress, say=lambda line: say(f"prepared: {line}"))
         shared = _with_prepared_traces(recipe, folder.root, noisy)
-        done: list[Path] = [prepared, *(_runs_of(clean_root) if clean_root else ())]
         for number, run in enumerate(runs, start=1):
             here = folder.root / run.run
             prefix = f"[{number}/{len(runs)}] {run.run}"
@@ -207,11 +206,10 @@ def run_comparison(
                 arm_recipe(shared, run),
                 here,
                 rounds=0 if run.arm == "base" else None,
-                share_with=done,
+                share_with=[other for other in _runs_in(folder.root, clean_root) if other != here],
                 progress=progress,
                 say=lambda line, prefix=prefix: say(f"{prefix}: {line}"),  # type: ignore[misc]
             )
-            done.append(here)
         _record(folder, recipe, runs, noisy, clean_root)
         return summarise_comparison(folder.root)
 
@@ -307,11 +305,12 @@ def _record(folder: RunDir, recipe: Recipe, runs: Sequence[ArmRun], noisy: str |
     rundir.write_json(folder.root / "comparison.json", record)
 
 
-def _runs_of(root: Path) -> Iterator[Path]:
-    """The run directories of a comparison."""
-    yield root / "prepared"
-    for run in rundir.read_json(root / "comparison.json").get("runs", []):
-        yield root / run["run"]
+def _runs_in(*roots: Path | None) -> Iterator[Path]:
+    """The run directories of comparisons, of this call or an earlier one."""
+    for root in roots:
+        if root is not None:
+            yield root / "prepared"
+            yield from sorted(path.parent for path in root.glob("seed_*/*/recipe.yaml"))
 
 
 def _last_scored(folder: RunDir) -> tuple[int, str]:
