@@ -1,4 +1,4 @@
-"""General ability and forgetting: lm-eval's tasks on a student and on its base, and what the difference allows to claim.
+"""General ability and forgetting: lm-eval's tasks on a student and its base, and what the difference allows to claim.
 
 lm-eval is the extra ``eval``. motkit's own tasks for it are in `motkit.tasks`.
 """
@@ -86,7 +86,7 @@ def evaluate_tasks(
 
         * ``task``, ``part_of`` (the group whose score it is a part of, or empty), ``metric``, ``filter``, ``n_shot``,
           ``chat_template``, ``higher_is_better``, ``n`` documents;
-        * ``base``, ``base_standard_error``, ``checkpoint`` (a name), ``student``, ``student_standard_error``: its scores;
+        * ``base``, ``base_standard_error``, ``checkpoint`` (a name), its ``student`` and ``student_standard_error``;
         * ``difference`` (student − base), its ``standard_error`` and 95 % interval ``low``, ``high`` (Student's t).
           ``paired``: from the differences of the same documents; where a metric is no mean over documents, from both
           standard errors, as if the two were independent, which is too wide;
