@@ -267,11 +267,10 @@ def _is_generative(manager: Any, unit: str) -> bool:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A task, group or tag with its data: what lm-eval is given, its tasks, and how its groups are averaged."""
+    """A task, group or tag with its data: lm-eval's own objects, by name."""
 
-    given: list[Any]
     tasks: dict[str, Any]
-    groups: dict[str, dict[str, Any]]
+    groups: dict[str, Any]
 
 
 def _load(manager: Any, unit: str, seed: int) -> _Loaded:
@@ -280,13 +279,7 @@ def _load(manager: Any, unit: str, seed: int) -> _Loaded:
     Raises:
         UserError: the data cannot be had, or lm-eval wants more than motkit gives (running code, images).
     """
-    import numpy
-    import torch
-
-    # Some tasks shuffle their choices as they load.
-    random.seed(seed)
-    numpy.random.seed(_SEED_OFFSET + seed)
-    torch.manual_seed(_SEED_OFFSET + seed)
+    _seed(seed)  # some tasks shuffle their choices as they load
     try:
         loaded = manager.load([unit])
     except Exception as error:
@@ -303,17 +296,36 @@ def _load(manager: Any, unit: str, seed: int) -> _Loaded:
             )
         if getattr(task, "MULTIMODAL", False):
             raise UserError(f"--tasks {unit}: {name} wants images or sound; a text model cannot be asked")
-    children = {child.name for group in groups.values() for child in group.get_all_groups()}
-    roots = [group for name, group in groups.items() if name not in children]
-    grouped = {task.task_name for group in roots for task in group.get_all_tasks()}
-    averaged = {
-        name: {
-            "tasks": [task.task_name for task in group.get_all_tasks()],
-            "by_size": {one.metric: bool(one.weight_by_size) for one in group.aggregate_metric_list or []},
-        }
-        for name, group in groups.items()
+    return _Loaded(tasks, groups)
+
+
+def _averaging(group: Any) -> dict[str, Any]:
+    """The tasks of a group, and for each metric that it averages, whether by their sizes."""
+    return {
+        "tasks": [task.task_name for task in group.get_all_tasks()],
+        "by_size": {one.metric: bool(one.weight_by_size) for one in group.aggregate_metric_list or []},
     }
-    return _Loaded([*roots, *(task for name, task in tasks.items() if name not in grouped)], tasks, averaged)
+
+
+def _seed(seed: int) -> None:
+    """The random numbers that lm-eval's command line begins with, where ``seed`` is 0."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(_SEED_OFFSET + seed)
+    torch.manual_seed(_SEED_OFFSET + seed)
+
+
+def _configure(tasks: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+    """What lm-eval's command line changes in its tasks."""
+    for task in tasks.values():
+        if inputs["max_gen_toks"] and task.OUTPUT_TYPE == "generate_until":
+            task.set_config(key="generation_kwargs", value={"max_gen_toks": inputs["max_gen_toks"]}, update=True)
+        fixed = task.get_config("num_fewshot")
+        if fixed is None or (fixed != 0 and inputs["num_fewshot"] is not None):
+            task.set_config(key="num_fewshot", value=inputs["num_fewshot"] or 0)
+        task.set_fewshot_seed(seed=_SEED_OFFSET + inputs["seed"])
 
 
 # Running
@@ -371,10 +383,10 @@ def _run(
     progress: bool,
 ) -> dict[str, Any]:
     """Run one task, group or tag; its samples are on disk when this returns, and the record names them."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
     from lm_eval.utils import handle_non_serializable
 
-    longest, seed, changed = getattr(model, "max_length", None), inputs["seed"], inputs["max_gen_toks"]
+    longest, changed = getattr(model, "max_length", None), inputs["max_gen_toks"]
     for name, task in loaded.tasks.items():
         if task.OUTPUT_TYPE == "generate_until" and longest is not None:
             tokens = changed or (task.config.generation_kwargs or {}).get("max_gen_toks", 256)
@@ -385,18 +397,16 @@ def _run(
                 )
     begin = time.monotonic()
     with _quiet_stdout(), _stderr(progress, results.with_suffix(".log")):
-        found = simple_evaluate(
-            model=model,
-            tasks=loaded.given,
-            num_fewshot=inputs["num_fewshot"],
+        # Not simple_evaluate: it describes the machine after every call, which takes longer than a small task.
+        _configure(loaded.tasks, inputs)
+        _seed(inputs["seed"])
+        found = evaluate(
+            lm=model,
+            task_dict={"tasks": loaded.tasks, "groups": loaded.groups},
             limit=inputs["limit"],
-            gen_kwargs={"max_gen_toks": changed} if changed else None,
-            apply_chat_template=inputs["chat_template"],
             log_samples=True,
-            random_seed=seed,
-            numpy_random_seed=_SEED_OFFSET + seed,
-            torch_random_seed=_SEED_OFFSET + seed,
-            fewshot_random_seed=_SEED_OFFSET + seed,
+            apply_chat_template=inputs["chat_template"],
+            fewshot_as_multiturn=inputs["chat_template"],
         )
     assert found is not None  # None is for the other processes of a distributed run
     files = {}
@@ -414,7 +424,7 @@ def _run(
         "n_shot": found["n-shot"],
         "higher_is_better": found["higher_is_better"],
         "documents": found["n-samples"],
-        "groups": loaded.groups,
+        "groups": {name: _averaging(group) for name, group in loaded.groups.items()},
         "results": found["results"],
         "samples": files,
         "seconds": time.monotonic() - begin,
