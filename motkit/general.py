@@ -204,7 +204,8 @@ def _task_manager(include_path: Path | None, tasks: Sequence[str]) -> Any:
             raise UserError(f"include_path: no such folder: {include_path}")
         folders.append(Path(include_path))
     ours = TaskManager(include_path=folders, include_defaults=False)
-    if set(tasks) <= set(ours.all_subtasks):
+    known = {*ours.all_subtasks, *ours.all_groups}  # a tag may have further tasks among lm-eval's own
+    if set(tasks) <= known and all(config.keys() != {"task"} for name in tasks for config in _members(ours, name)):
         return ours
     return TaskManager(include_path=folders)
 
@@ -227,7 +228,10 @@ def _find_tasks(manager: Any, tasks: Sequence[str]) -> list[str]:
 
 
 def _members(manager: Any, unit: str) -> list[dict[str, Any]]:
-    """The configs that a task, group or tag stands for, as they are in the files (functions by name)."""
+    """The configs that a task, group or tag stands for, as they are in the files (functions by name).
+
+    Of one that the index does not have there is nothing but ``task``.
+    """
     entry = manager.task_index[unit]
     config: dict[str, Any] = entry.cfg or {}
     if entry.kind.name == "TAG":
