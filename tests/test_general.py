@@ -256,6 +256,35 @@ def test_error_of_a_group(tmp_path: Path, by_size: bool) -> None:
     assert math.isnan(row["p_value"]) != by_size
 
 
+def test_parts_of_groups_in_groups_are_told_apart(tmp_path: Path) -> None:
+    """As mmlu holds mmlu_stem, which holds its subjects; a group that averages nothing holds nothing."""
+    draw = numpy.random.default_rng(2)
+    sizes = {"a": 8, "b": 12, "c": 10, "alone": 9}
+    groups = {
+        "all": {"tasks": ["a", "b", "c"], "by_size": {"acc": True}},
+        "some": {"tasks": ["a", "b"], "by_size": {"acc": True}},
+        "collection": {"tasks": ["alone"], "by_size": {}},
+    }
+    records, scores = [], {}
+    for name in ("base", "student"):
+        scores[name] = {task: list(draw.integers(0, 2, n).astype(float)) for task, n in sizes.items()}
+        record = record_of(tmp_path, name, scores[name], groups=groups)
+        for group in ("all", "some"):
+            values = [score for task in groups[group]["tasks"] for score in scores[name][task]]
+            record["results"][group] = {"acc,none": float(numpy.mean(values)), "sample_len": len(values)}
+        record["results"]["collection"] = {}
+        records.append(record)
+    table = tabulate(tmp_path, *records).set_index("task")
+    parts = {"all": "", "some": "all", "a": "some", "b": "some", "c": "all", "alone": ""}
+    assert dict(table["part_of"]) == parts
+    assert dict(table["n"]) == {"all": 30, "some": 20, **sizes}
+    assert table["paired"].all()
+    lines = general.describe(table.reset_index())
+    assert [line.partition(",")[0] for line in lines[:-1]] == ["all", "alone"]
+    assert lines[-1].startswith("6 comparisons at 95 % each")
+    assert lines[-1].endswith("about 0.3.")
+
+
 def test_other_documents_are_not_paired(tmp_path: Path) -> None:
     base, student = (record_of(tmp_path, name, {"t": [1.0, 0.0, 1.0, 1.0]}) for name in ("base", "student"))
     file = tmp_path / "student" / "t.jsonl"
