@@ -66,6 +66,7 @@ def samples_of(out: Path, name: str, unit: str, task: str) -> list[dict[str, Any
 # motkit's own tasks
 
 
+@pytest.mark.slow
 def test_every_one_of_the_k_answers_counts(local_tasks: Path) -> None:
     """The real lm-eval with a model that answers from a script: avg@3 over problems, and its standard error."""
     import lm_eval
