@@ -195,6 +195,7 @@ def merge_command(
 @click.option("--seed", type=int, default=42, show_default=True)
 @click.option("--tasks", help="Also lm-eval's tasks, with commas between: mmlu,gpqa,…")
 @click.option("--base", help="With --tasks: the student before, to table the differences.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="With --tasks; lm-eval's MMLU is 0-shot without it.")
 @click.option("--limit", type=click.IntRange(min=1), help="With --tasks: documents of each task.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: evaluations/<student>]")
 @click.option("--json", "as_json", is_flag=True, help="Print what evaluation.json holds.")
@@ -213,6 +214,7 @@ def evaluate_command(
     seed: int,
     tasks: str | None,
     base: str | None,
+    num_fewshot: int | None,
     limit: int | None,
     out: Path | None,
     as_json: bool,
@@ -240,15 +242,25 @@ def evaluate_command(
         if not as_json:
             _print_scores(found, folder)
     if tasks:
-        from motkit.general import evaluate_tasks
+        from motkit.general import describe, evaluate_tasks
+        from motkit.scoring import student_checkpoint
 
-        checkpoints = {"base": Path(base)} if base else {}
+        named = {"base": base, "student": student} if base else {"student": student}
         table = evaluate_tasks(
-            {**checkpoints, "student": Path(student)}, tasks.split(","), folder, limit=limit, seed=seed
+            {name: student_checkpoint(model) for name, model in named.items()},
+            [task.strip() for task in tasks.split(",")],
+            folder,
+            engine="hf" if engine == "transformers" else engine,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            seed=seed,
+            progress=sys.stderr.isatty(),
         )
         found["tasks"] = json.loads(table.to_json(orient="records"))
         if not as_json:
-            click.echo(table.to_string(index=False))
+            for line in describe(table):
+                click.echo(line)
+            click.echo(f"tables: {folder / 'general.csv'}")
     if as_json:
         click.echo(json.dumps(found))
 

@@ -112,6 +112,16 @@ class Scorer:
         return verifier.many(Answer(problem, response) for problem, response in pairs)
 
 
+def student_checkpoint(student: str | Path) -> Path:
+    """Folder of a student: a checkpoint, a hub id's snapshot, or a run directory's ``final``.
+
+    Raises:
+        UserError: none of these.
+    """
+    final = Path(student) / "final"
+    return checkpoints.find_checkpoint(str(final if final.is_dir() else student))
+
+
 def evaluate_student(
     student: str | Path,
     settings: Evaluation,
@@ -135,8 +145,7 @@ def evaluate_student(
     Raises:
         UserError: no such student, or problems that cannot be read.
     """
-    final = Path(student) / "final"
-    path = checkpoints.find_checkpoint(str(final if final.is_dir() else student))
+    path = student_checkpoint(student)
     tokenizer = checkpoints.load_tokenizer(path)
     renderer = Renderer(tokenizer, checkpoints.end_token_ids(path, tokenizer))
     folder = RunDir(Path(out).resolve())
