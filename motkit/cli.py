@@ -521,7 +521,8 @@ def _print_summary(table: "pandas.DataFrame", folder: Path, as_json: bool) -> No
         return
     rows = []
     for row in table.to_dict(orient="records"):
-        accuracy = f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f}" if _known(row["accuracy"]) else ""
+        error = f" ± {100 * row['standard_error']:.1f}" if _known(row["standard_error"]) else ""
+        accuracy = f"{100 * row['accuracy']:.1f}{error}" if _known(row["accuracy"]) else ""
         rows.append(
             [
                 str(row["round"]),
@@ -554,7 +555,9 @@ def _print_scores(entry: dict[str, Any], folder: Path) -> None:
     scores, rows = entry["scores"], []
     if "accuracy" in scores:
         k = scores["samples"]
-        error = f"± {100 * scores['standard_error']:.1f} (standard error over {scores['problems']} problems)"
+        error = f"of {scores['problems']} problem{'s' * (scores['problems'] > 1)}"
+        if scores["standard_error"] is not None:
+            error = f"± {100 * scores['standard_error']:.1f} (standard error over {scores['problems']} problems)"
         rows.append([f"avg@{k}", f"{100 * scores['accuracy']:.1f} %", error])
         if k > 1:
             rows += [[f"pass@{at}", f"{100 * value:.1f} %", ""] for at, value in scores["pass_at"].items()]
@@ -604,7 +607,7 @@ def _print_costs(title: str, costs: "pandas.DataFrame") -> None:
 
 
 def _print_comparison(comparison: Any, folder: Path, as_json: bool) -> None:
-    from motkit.compare import arm_label
+    from motkit.compare import arm_label, caveats
 
     if as_json:
         import json
@@ -641,8 +644,8 @@ def _print_comparison(comparison: Any, folder: Path, as_json: bool) -> None:
             )
         _print_table(f"{folder}: {titles[budget]}", headings, rows, bold="mot")
     click.echo("accuracy: mean ± standard deviation over seeds; costs: of one seed, training and merging alone")
-    for sentence in comparison.sentences:
-        click.echo(sentence)
+    for line in [*comparison.sentences, *caveats(comparison.arms)]:
+        click.echo(line)
     click.echo(f"tables and figure: {folder}/compare.csv, compare_runs.csv, compare.png")
 
 

@@ -378,13 +378,18 @@ def _arms_table(
             }
             both = groups[best][groups[best]["seed"].isin(group["seed"])]
             paired = group[group["seed"].isin(both["seed"])]
+            row["pairs"] = len(paired)
             if len(paired) and key != best:
                 names = sorted(answers[paired["run"].iloc[0]])
                 ours = [[answers[run][name] for name in names] for run in paired["run"]]
                 theirs = [[answers[run][name] for name in names] for run in both["run"]]
                 row["difference"], row["low"], row["high"] = paired_difference(ours, theirs)
+                row["differing_problems"] = sum(
+                    any(a[place] != b[place] for a, b in zip(ours, theirs, strict=True)) for place in range(len(names))
+                )
                 if key[0] == "mot":
-                    sentences.append(_sentence(budget, row, best, float(both["accuracy"].mean()), len(names)))
+                    accuracies = float(paired["accuracy"].mean()), float(both["accuracy"].mean())
+                    sentences.append(_sentence(budget, row, best, accuracies, len(names)))
             columns = ["heldout_loss", "truncated", "mean_tokens", "branch_steps", "tokens", "flops", "seconds"]
             row |= {column: group[column].mean() for column in [*columns, "disk_bytes"]}
             row |= {
@@ -395,18 +400,43 @@ def _arms_table(
     return pandas.DataFrame(rows), sentences
 
 
-def _sentence(budget: str, row: dict[str, Any], best: Sequence[Any], theirs: float, num_problems: int) -> str:
+# Fewer problems than this on which two arms differ are no evidence, whatever a bootstrap of them says.
+_LEAST_DIFFERING = 10
+
+
+def _sentence(
+    budget: str, row: dict[str, Any], best: Sequence[Any], accuracies: tuple[float, float], num_problems: int
+) -> str:
     """What the interval allows to say of MoT, and no more."""
     who = f"the best single teacher, {best[1]}" if best[0] == "std" else "the base"
     equal = "steps per branch" if budget == "steps" else "compute (branch-steps in all)"
-    seeds = f"{row['seeds']} seeds and" if row["seeds"] > 1 else "one seed (so it says nothing of others) and"
+    seeds = f"{row['pairs']} seeds" if row["pairs"] > 1 else "one seed"
     claim = "MoT is better" if row["low"] > 0 else "MoT is worse" if row["high"] < 0 else "no difference can be claimed"
+    if row["differing_problems"] < _LEAST_DIFFERING:
+        claim = f"no difference can be claimed: they differ on {row['differing_problems']} problems only"
+    ours, theirs = (100 * accuracy for accuracy in accuracies)
     interval = f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
     return (
-        f"At equal {equal}: MoT {100 * row['accuracy']:.1f} %, {who}, {100 * theirs:.1f} %; difference "
-        f"{100 * row['difference']:+.1f} points, 95 % interval {interval} over {seeds}"
-        f" {num_problems} problems: {claim}."
+        f"At equal {equal}: MoT {ours:.1f} %, {who}, {theirs:.1f} %; difference {100 * row['difference']:+.1f} points, "
+        f"95 % interval {interval} over {seeds} and {num_problems} problems: {claim}."
     )
+
+
+def caveats(arms: "pandas.DataFrame") -> list[str]:
+    """What the tables and sentences do not say by themselves."""
+    lines = []
+    if (arms["arm"] == "std").any():
+        lines.append(
+            "The best single teacher is picked on the problems that are scored, which nobody can do beforehand: it "
+            "flatters that arm."
+        )
+    seeds = int(arms["seeds"].max())
+    if seeds < 5:
+        lines.append(
+            f"{'One seed says' if seeds == 1 else f'{seeds} seeds say'} little of other seeds: where seeds differ more "
+            "than problems do, the interval is too narrow."
+        )
+    return lines
 
 
 def _with_losses(arms: "pandas.DataFrame", clean: Path) -> "pandas.DataFrame":
