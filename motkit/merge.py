@@ -50,7 +50,7 @@ from motkit.merge_inputs import (
     listed,
     read_checkpoint,
     read_header,
-    read_json,
+    require_json,
     tensor_layout,
     tokenizer_file,
 )
@@ -227,12 +227,12 @@ def _write_config(donor: Path, out: Path, dtype: str) -> None:
 
     If mergekit wrote one, what it changed on purpose is taken over: the number of layers, the size of the vocabulary.
     """
-    config = read_json(donor / "config.json")
+    config = require_json(donor / "config.json")
     if (out / "config.json").is_file():
         from transformers import AutoConfig
 
         before = json.loads(AutoConfig.from_pretrained(donor).to_json_string(use_diff=True))
-        after = read_json(out / "config.json")
+        after = require_json(out / "config.json")
         ignored = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures")
         config |= {k: v for k, v in after.items() if k not in ignored and k in before and before[k] != v}
 

@@ -105,7 +105,7 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
     return records
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def require_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -132,7 +132,7 @@ def read_checkpoint(path: Path, pickles: Path | None = None) -> Checkpoint:
         if (path / "adapter_config.json").is_file():
             raise UserError(f"{path}: a LoRA adapter, not a model; merge it into its base model first")
         raise UserError(f"{path}: no config.json; expected a checkpoint folder in Hugging Face format")
-    config = read_json(path / "config.json")
+    config = require_json(path / "config.json")
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.is_file() and index.is_file():
         raise UserError(f"{path}: holds both {single.name} and {index.name}, one of them is stale; delete that one")
@@ -147,7 +147,7 @@ def read_checkpoint(path: Path, pickles: Path | None = None) -> Checkpoint:
                 "--allow-pickle (tensors and nothing else are loaded)"
             )
         raise UserError(f"{path}: no model.safetensors and no {index.name}")
-    weight_map = read_json(index).get("weight_map")
+    weight_map = require_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: no weight_map; write or download it again")
     faults, tensors = [], {}
@@ -332,7 +332,7 @@ def tokenizer_file(path: Path) -> tuple[Path, str] | None:
 
 
 def _token_ids(path: Path) -> dict[str, int]:
-    tokenizer = read_json(path)
+    tokenizer = require_json(path)
     vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
     if isinstance(vocabulary, list):  # Unigram: [[token, score], …]
         vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
