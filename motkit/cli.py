@@ -144,6 +144,7 @@ def generate_command(
 @click.option("--dtype", help="Type of the written weights, instead of the config's out_dtype.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of methods that draw at random.")
 @click.option("--device", default="cpu", show_default=True, help="Where the arithmetic is done.")
+@click.option("--allow-pickle", is_flag=True, help="Also read pickled weights (tensors only, no code).")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def merge_command(
     config: str,
@@ -153,6 +154,7 @@ def merge_command(
     dtype: str | None,
     seed: int,
     device: str,
+    allow_pickle: bool,
     as_json: bool,
 ) -> None:
     """Merge checkpoints as the mergekit CONFIG says (a path or a bundled name: mot, linear, ties, …) into OUT.
@@ -163,7 +165,7 @@ def merge_command(
 
     report = merge_checkpoints(
         config, out, base=base, branches=branches, out_dtype=dtype, seed=seed, device=device,
-        quiet=not sys.stderr.isatty(),
+        quiet=not sys.stderr.isatty(), allow_pickle=allow_pickle,
     )  # fmt: skip
     if as_json:
         import dataclasses

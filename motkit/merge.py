@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,7 +56,7 @@ from motkit.merge_inputs import (
     listed,
     read_checkpoint,
     read_header,
-    read_json,
+    require_json,
     tensor_layout,
     tokenizer_file,
 )
@@ -128,7 +129,7 @@ def _run_mergekit(
     links = {
         str(checkpoint.path): str(_without_dropped(checkpoint, scratch / str(number)))
         for number, checkpoint in enumerate(inputs)
-        if checkpoint.dropped
+        if checkpoint.dropped or any(r.file.parent != checkpoint.path for r in checkpoint.tensors.values())
     }
     config = map_models(config, lambda reference: links.get(model_path(reference), reference))
     options = MergeOptions(
@@ -173,13 +174,14 @@ def _quiet_logs(transformers: Any) -> Iterator[None]:
 
 
 def _without_dropped(checkpoint: Checkpoint, folder: Path) -> Path:
-    """A folder of links to a checkpoint whose index does not list the dropped tensors.
+    """A folder of links to a checkpoint whose index does not list the dropped tensors, with its weights as safetensors.
 
     mergekit would merge them as tensors of their own, and a randomised method would break the tie.
     """
     folder.mkdir()
-    for file in checkpoint.path.iterdir():
-        if file.name != "model.safetensors.index.json":
+    weights = {record.file for record in checkpoint.tensors.values()}
+    for file in {*checkpoint.path.iterdir(), *weights}:
+        if not file.name.endswith((".index.json", ".bin", ".pt")):
             (folder / file.name).symlink_to(file.resolve())
     weight_map = {n: r.file.name for n, r in checkpoint.tensors.items() if n not in checkpoint.dropped}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
@@ -231,12 +233,12 @@ def _write_config(donor: Path, out: Path, dtype: str) -> None:
 
     If mergekit wrote one, what it changed on purpose is taken over: the number of layers, the size of the vocabulary.
     """
-    config = read_json(donor / "config.json")
+    config = require_json(donor / "config.json")
     if (out / "config.json").is_file():
         from transformers import AutoConfig
 
         before = json.loads(AutoConfig.from_pretrained(donor).to_json_string(use_diff=True))
-        after = read_json(out / "config.json")
+        after = require_json(out / "config.json")
         ignored = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures")
         config |= {k: v for k, v in after.items() if k not in ignored and k in before and before[k] != v}
 
@@ -447,6 +449,7 @@ def merge_checkpoints(
     seed: int = 0,
     device: str = "cpu",
     quiet: bool = False,
+    allow_pickle: bool = False,
 ) -> MergeReport:
     """Merge checkpoints as a merge config says, and publish the result whole or not at all.
 
@@ -461,6 +464,7 @@ def merge_checkpoints(
         seed: for randomised methods (dare_ties, della): same seed, same bytes. The caller's random state is untouched.
         device: where the arithmetic runs, ``cpu`` or ``cuda``. ``mot`` gives the same bits on both.
         quiet: no progress bar.
+        allow_pickle: also read checkpoints whose weights are pickled (``pytorch_model.bin``); tensors only, no code.
 
     Returns:
         Sizes, counts and time.
@@ -468,8 +472,30 @@ def merge_checkpoints(
     Raises:
         UserError: whatever is wrong with config, inputs or disk; faults of all inputs together, one line each.
     """
+    settings: dict[str, Any] = {"base": base, "branches": branches, "weights": weights, "out_dtype": out_dtype}
+    settings |= {"seed": seed, "device": device, "quiet": quiet}
+    if not allow_pickle:
+        return _merge_checkpoints(config, Path(out), pickles=None, **settings)
+    parent = Path(out).absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{Path(out).name}.pickles-", dir=parent) as folder:
+        return _merge_checkpoints(config, Path(out), pickles=Path(folder), **settings)
+
+
+def _merge_checkpoints(
+    config: str | Path | Mapping[str, Any],
+    out: Path,
+    *,
+    base: str | Path | None,
+    branches: Sequence[str | Path],
+    weights: Sequence[float] | None,
+    out_dtype: str | None,
+    seed: int,
+    device: str,
+    quiet: bool,
+    pickles: Path | None,
+) -> MergeReport:
     started = time.perf_counter()
-    out = Path(out)
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: exists already; delete it or choose another folder")
     loaded = load_merge_config(config)
@@ -494,7 +520,7 @@ def merge_checkpoints(
 
     maps_tokens = any(resolved.get(key) for key in ("tokenizer", "tokenizer_source"))
     checkpoints = _read_inputs(
-        [str(donor), *(path for path in merged_paths if path != str(donor))], whole_models, not maps_tokens
+        [str(donor), *(path for path in merged_paths if path != str(donor))], whole_models, not maps_tokens, pickles
     )
     adapters = _read_adapters(models, checkpoints)
     streamed = _streamed(resolved, checkpoints, adapters)
@@ -626,12 +652,18 @@ def _check_roles(config: dict[str, Any], student: Path | None, branches: Sequenc
             )
 
 
-def _read_inputs(paths: Sequence[str], same_shapes: bool, same_vocabulary: bool) -> dict[str, Checkpoint]:
+def _read_inputs(
+    paths: Sequence[str], same_shapes: bool, same_vocabulary: bool, pickles: Path | None
+) -> dict[str, Checkpoint]:
     """Checkpoints by path, read and compared with the first."""
-    found, faults = [], []
+    found: list[Checkpoint] = []
+    faults: list[str] = []
     for path in paths:
         try:
-            found.append(read_checkpoint(Path(path)))
+            folder = pickles / str(len(found)) if pickles is not None else None
+            if folder is not None:
+                folder.mkdir(exist_ok=True)
+            found.append(read_checkpoint(Path(path), folder))
         except UserError as error:
             faults.append(str(error))
     if not faults:

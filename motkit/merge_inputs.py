@@ -105,7 +105,7 @@ def read_header(path: Path) -> dict[str, TensorRecord]:
     return records
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def require_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -115,8 +115,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, pickles: Path | None = None) -> Checkpoint:
     """Read a checkpoint's config and safetensors headers.
+
+    Args:
+        pickles: an existing folder for what is made of pickled weights, which are refused without it; see
+            `_unpickled`.
 
     Raises:
         UserError: missing or damaged files, pickled weights only, an adapter instead of a model, or an index and a
@@ -130,17 +134,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 f"{path}: a LoRA adapter, not a model; write BASE+{path}, or give it with --branch and --base"
             )
         raise UserError(f"{path}: no config.json; expected a checkpoint folder in Hugging Face format")
-    config = read_json(path / "config.json")
+    config = require_json(path / "config.json")
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if single.is_file() and index.is_file():
         raise UserError(f"{path}: holds both {single.name} and {index.name}, one of them is stale; delete that one")
     if single.is_file():
         return Checkpoint(path, config, read_header(single))
     if not index.is_file():
-        if any(path.glob("*.bin")) or any(path.glob("*.pt")):
-            raise UserError(f"{path}: pickled weights only, which can run code; save the model as safetensors")
+        if pickled := sorted([*path.glob("pytorch_model*.bin"), *path.glob("*.pt")]):
+            if pickles is not None:
+                return Checkpoint(path, config, _unpickled(pickled, pickles))
+            raise UserError(
+                f"{path}: pickled weights only, which can run code; save the model as safetensors, or allow it with "
+                "--allow-pickle (tensors and nothing else are loaded)"
+            )
         raise UserError(f"{path}: no model.safetensors and no {index.name}")
-    weight_map = read_json(index).get("weight_map")
+    weight_map = require_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: no weight_map; write or download it again")
     faults, tensors = [], {}
@@ -162,6 +171,35 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if faults:
         raise UserError("\n".join(faults))
     return Checkpoint(path, config, tensors)
+
+
+def _unpickled(files: Sequence[Path], folder: Path) -> dict[str, TensorRecord]:
+    """The tensors of pickled weights, copied to safetensors files in ``folder``, one file at a time.
+
+    ``torch.load`` with ``weights_only`` builds tensors and plain containers and refuses everything else.
+
+    Raises:
+        UserError: a file holds something else than named tensors, or cannot be read.
+    """
+    import pickle
+
+    import torch
+    from safetensors.torch import save_file
+
+    tensors: dict[str, TensorRecord] = {}
+    for file in files:
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise UserError(f"{file}: not loaded, it holds more than tensors or is damaged: {reason}") from error
+        if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+            raise UserError(f"{file}: expected named tensors, such as save_pretrained or torch.save(state_dict) write")
+        target = folder / f"model-{len(list(folder.iterdir())):05d}.safetensors"
+        # Cloned, because safetensors does not hold two names of one tensor (a tied lm_head).
+        save_file({name: value.detach().clone().contiguous() for name, value in loaded.items()}, target)
+        tensors |= read_header(target)
+    return tensors
 
 
 def same_data(one: TensorRecord, other: TensorRecord) -> bool:
@@ -296,7 +334,7 @@ def tokenizer_file(path: Path) -> tuple[Path, str] | None:
 
 
 def _token_ids(path: Path) -> dict[str, int]:
-    tokenizer = read_json(path)
+    tokenizer = require_json(path)
     vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
     if isinstance(vocabulary, list):  # Unigram: [[token, score], …]
         vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}

@@ -96,22 +96,27 @@ class MagnitudeThresholds(Statistics):
     def look(self, tensors: Sequence[torch.Tensor]) -> bool:
         *branches, base = tensors
         finite, numel = True, base.numel()
-        bits = torch.empty(numel, dtype=torch.int32, device=base.device)
-        delta = torch.empty(min(self._chunk, numel), device=base.device)
-        base32 = torch.empty(numel, device=base.device)
-        parts = [slice(start, start + self._chunk) for start in range(0, numel, self._chunk)]  # see CHUNK_CPU
-        for part in parts:
-            base32[part].copy_(base[part])
-        for k in self._wanted:
-            for part in parts:
-                piece = bits[part]
-                magnitudes = delta[: piece.numel()].copy_(branches[k][part]).sub_(base32[part]).abs_()
-                piece.copy_(magnitudes.view(torch.int32))
+        size = min(self._chunk, numel)  # in pieces: see CHUNK_CPU
+        delta, base32 = (torch.empty(size, device=base.device) for _ in range(2))
+        place = torch.empty(size, dtype=torch.int64, device=base.device)
+        one = torch.ones(size, dtype=torch.int64, device=base.device)
+        found = {
+            k: torch.zeros((1 << _LOW_BITS) + 2 if k in self._upper else _BINS, dtype=torch.int64, device=base.device)
+            for k in self._wanted
+        }
+        for start in range(0, numel, self._chunk):
+            part = slice(start, start + self._chunk)
+            length = min(self._chunk, numel - start)
+            base32[:length].copy_(base[part])
+            for k, counts in found.items():
+                bits = delta[:length].copy_(branches[k][part]).sub_(base32[:length]).abs_().view(torch.int32)
                 if k in self._upper:  # lower bits + 1; below and above the bin of interest: 0 and the last
-                    piece.sub_(self._upper[k] << _LOW_BITS).clamp_(-1, 1 << _LOW_BITS).add_(1)
+                    bits.sub_(self._upper[k] << _LOW_BITS).clamp_(-1, 1 << _LOW_BITS).add_(1)
                 else:
-                    piece.bitwise_right_shift_(_LOW_BITS)
-            counts = torch.bincount(bits, minlength=(1 << _LOW_BITS) + 2 if k in self._upper else _BINS)
+                    bits.bitwise_right_shift_(_LOW_BITS)
+                # Not bincount, which also looks for the extremes, in threads of its own.
+                counts.scatter_add_(0, place[:length].copy_(bits), one[:length])
+        for k, counts in found.items():
             if k not in self._upper and bool(counts[_INFINITE:].any()):
                 counts[0] += counts[_INFINITE:].sum()
                 counts[_INFINITE:] = 0

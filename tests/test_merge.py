@@ -209,6 +209,42 @@ def test_integer_buffers(family, tmp_path):
     assert "model.steps" in refusal("mot", tmp_path / "no", base=base, branches=[a, c])[0]
 
 
+class Malicious:
+    """What a pickle may do when it is loaded: here, make a folder."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("method", ["mot", "mot_median", "linear"])
+def test_pickled_weights_only_where_they_are_allowed(method, family, tmp_path):
+    student, branches = family("qwen3")  # tied: saved with both names of the embedding, as torch.save does
+    pickled = shutil.copytree(branches[0], tmp_path / "pickled")
+    tensors = weights(pickled)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    torch.save(tensors, pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    inputs = [pickled, *branches[1:]]
+    assert "--allow-pickle" in refusal(method, tmp_path / "out", base=student, branches=inputs)[0]
+    merge_checkpoints(method, tmp_path / "out", base=student, branches=inputs, allow_pickle=True, quiet=True)
+    merge_checkpoints(method, tmp_path / "plain", base=student, branches=branches, quiet=True)
+    assert same_bits(weights(tmp_path / "out"), weights(tmp_path / "plain"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pickled", "plain"]
+
+    torch.save({"x": torch.ones(1), "y": Malicious(tmp_path / "owned")}, pickled / "pytorch_model.bin")
+    (line,) = refusal(method, tmp_path / "no", base=student, branches=inputs, allow_pickle=True)
+    assert line.startswith(f"{pickled / 'pytorch_model.bin'}: not loaded, it holds more than tensors")
+    torch.save([torch.ones(1)], pickled / "pytorch_model.bin")
+    assert (
+        "expected named tensors"
+        in refusal(method, tmp_path / "no", base=student, branches=inputs, allow_pickle=True)[0]
+    )
+    assert not (tmp_path / "owned").exists()
+
+
 # Our other methods
 
 OWN = ("mot_ties", "mot_median", "mot_trimmed_mean", "mot_geometric_median")
@@ -291,6 +327,47 @@ def test_bytes_do_not_depend_on_spans_shards_order_or_threads(method, family, tm
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     for other in ("order", "shards"):
         assert same_bits(weights(tmp_path / "one"), weights(tmp_path / other))
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_own_methods_refuse_what_mot_refuses(method, family, tmp_path):
+    student, (alpha, beta, gamma) = family()
+    norm, head = "model.norm.weight", "lm_head.weight"
+    short = copy_of(alpha, tmp_path / "short", {norm: weights(alpha)[norm][:-1].clone(), head: None})
+    extra = copy_of(beta, tmp_path / "extra", {"model.extra.weight": torch.zeros(2, dtype=torch.bfloat16)})
+    out = tmp_path / "out"
+    assert len(refusal(method, out, base=student, branches=[short, extra, gamma])) == 3
+    assert "given twice" in refusal(method, out, base=student, branches=[alpha, beta, alpha])[0]
+    assert "given as the base and as a branch" in refusal(method, out, base=student, branches=[alpha, beta, student])[0]
+    wide = copy_of(alpha, tmp_path / "wide", {norm: weights(alpha)[norm].double()})
+    assert "expects BF16, F16 or F32" in refusal(method, out, base=student, branches=[wide, beta, gamma])[0]
+    steps = [copy_of(p, tmp_path / f"s{i}", {"model.steps": torch.arange(5) + i % 3}) for i, p in enumerate(
+        (student, alpha, beta, gamma)
+    )]  # fmt: skip
+    assert "model.steps: an integer buffer that differs" in refusal(method, out, base=steps[0], branches=steps[1:])[0]
+
+
+def test_own_methods_take_mixed_dtypes_and_shards(family, tmp_path, monkeypatch):
+    student, (alpha, beta, _) = family()
+    wide = family("llama", "float32")[1][2]
+    with monkeypatch.context() as patch:
+        patch.setattr(spans, "SHARD_BYTES", 20_000)
+        merge_checkpoints(
+            {"merge_method": "mot", "models": [{"model": str(beta)}]}, tmp_path / "sharded", base=student, quiet=True
+        )
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
+    assert same_bits(weights(tmp_path / "sharded"), weights(beta))
+    names = sorted(weights(student))
+    vectors = [flat(path, names) for path in (alpha, beta, wide)]
+    inputs = [alpha, tmp_path / "sharded", wide]
+    merged = {}
+    for method in OWN:
+        merge_checkpoints(method, tmp_path / method, base=student, branches=inputs, out_dtype="float32", quiet=True)
+        merged[method] = flat(tmp_path / method, names)
+    assert torch.equal(merged["mot_median"], torch.stack(vectors).median(dim=0).values)
+    expected = ties_reference(flat(student, names), vectors, [0.5] * 3, [1.0] * 3)
+    # These task vectors are as large as the weights, so that their own rounding to float32 shows.
+    assert (merged["mot_ties"] - expected).norm() <= 1.2 * (expected.float().double() - expected).norm()
 
 
 def test_one_poisoned_branch_of_three(family, make_pico, tmp_path):
@@ -525,7 +602,7 @@ def test_an_older_dtype_key_is_kept(family, tmp_path):
     assert "dtype" not in written
 
 
-@pytest.mark.parametrize("method", ["mot", "dare_ties"])
+@pytest.mark.parametrize("method", ["mot", "dare_ties", "mot_ties", "mot_median"])
 def test_a_tied_head_saved_once_more_is_dropped_and_a_different_one_refused(method, family, tmp_path):
     student, (alpha, beta, _) = family("qwen3")
     embedding = weights(alpha)["model.embed_tokens.weight"]
