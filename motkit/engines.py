@@ -12,6 +12,8 @@ import json
 import os
 import random
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +124,7 @@ async def ask_endpoint(
         headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json", "Accept": "application/json"},
         cookie_jar=aiohttp.DummyCookieJar(),
         # A proxy of the environment is not for a server that motkit started on this machine.
-        trust_env=base_url is None,
+        proxy=_proxy(url) if base_url is None else None,
     ) as session:
         ask = functools.partial(_ask, session, f"{url.rstrip('/')}/chat/completions", teacher)
 
@@ -144,6 +146,17 @@ async def ask_endpoint(
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for this URL (``HTTPS_PROXY``, ``NO_PROXY``, …).
+
+    Looked up once: aiohttp's own ``trust_env`` does so for every request, and takes passwords from a netrc as well.
+    """
+    parts, proxies = urllib.parse.urlsplit(url), urllib.request.getproxies()
+    if urllib.request.proxy_bypass(parts.netloc):
+        return None
+    return proxies.get(parts.scheme) or proxies.get("all")
 
 
 async def _ask(session: Any, url: str, teacher: Teacher, request: Request) -> Outcome:
