@@ -99,13 +99,12 @@ def generate_command(
     from motkit.filter import REPORT_HEADINGS, report_rows
     from motkit.generate import generate_traces
     from motkit.rounds import preview_traces
-    from motkit.verify import verify_exact
+    from motkit.verify import Verifier
 
     loaded = recipes.load_recipe(recipe, overrides)
     folder = run or Path("runs") / recipes.recipe_name(recipes.recipe_path(recipe))
-    # For the progress bar: quick, and nearly what the recipe's verifier will say when the traces are filtered.
-    verify = verify_exact if loaded.filter.verifier != "none" else None
-    report = generate_traces(loaded, folder, teachers=teachers, verify=verify, progress=sys.stderr.isatty())
+    with Verifier(loaded.filter.verifier, workers=1) as judge:  # for the progress bar
+        report = generate_traces(loaded, folder, teachers=teachers, verify=judge.one, progress=sys.stderr.isatty())
     if as_json:
         import json
 

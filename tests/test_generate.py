@@ -1,6 +1,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from motkit.recipe import load_recipe
 from motkit.rundir import RunDir
 from motkit.samples import SampleFile, read_samples, requests_of
 from motkit.traces import SeedProblem, read_problems
+from motkit.verify import Verifier
 
 RECIPE = """
 student: student
@@ -80,6 +82,20 @@ def test_every_sample_arrives_exactly_once_from_a_server_that_misbehaves(write, 
     assert (entry["answered"], entry["missing"], entry["tokens"], entry["prompt_tokens"]) == (24, 0, 168, 120)
     assert entry["cost"] == pytest.approx((120 * 1.0 + 168 * 10.0) / 1e6)
     assert json.loads((tmp_path / "run/generated/report.json").read_text()) == report
+
+
+def test_the_bar_counts_what_the_recipes_verifier_finds_right(write, tmp_path, capsys):
+    def answer(body):  # a third is right, though none as a text; a third is cut off
+        number = int(body["messages"][-1]["content"].split("+")[0])
+        right = rf"\boxed{{\frac{{{2 * number + 4}}}{{2}}}}"
+        return [completion(right), completion(r"\boxed{x}"), completion(right, "length")][number % 3]
+
+    with UnrulyServer(answer=answer) as server, Verifier("math", workers=1) as judge:
+        loaded = load_recipe(write(server, 6))
+        generate_traces(loaded, tmp_path / "run", verify=judge.one, say=lambda line: None)
+    shown = capsys.readouterr().err
+    assert "18/18" in shown
+    assert re.search(r"tokens/s, 6/18 right", shown), shown[-300:]
 
 
 def test_retry_after_is_honoured(write, tmp_path, quick):
