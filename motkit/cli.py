@@ -117,12 +117,13 @@ def generate_command(
             name,
             *(_count(entry[key]) for key in counted),
             f"{entry['seconds']:.0f}",
+            f"{entry['asking_seconds']:.0f}",
             f"{entry['tokens'] / entry['asking_seconds']:.0f}" if entry["asking_seconds"] else "",
             f"{entry['cost']:.2f}" if entry["cost"] is not None else "",
         ]
         for name, entry in report.items()
     ]
-    headings = ["teacher", *(key.replace("_", " ") for key in counted), "seconds", "tokens/s", "cost"]
+    headings = ["teacher", *(key.replace("_", " ") for key in counted), "seconds", "of them asking", "tokens/s", "cost"]
     _print_table(f"{folder}/generated", headings, rows)
     kept = preview_traces(loaded, folder, list(report))
     _print_table(f"what the filter keeps (verifier {loaded.filter.verifier})", REPORT_HEADINGS, report_rows(kept))

@@ -256,7 +256,9 @@ async def _post(session: Any, url: str, body: bytes, max_response_bytes: int) ->
     except aiohttp.InvalidURL as error:
         raise UserError(f"{url}: is no URL; correct base_url") from error
     except aiohttp.ClientConnectorError as error:
-        raise _Dropped(f"no connection: {error}") from error
+        raise _Dropped(f"no connection to {error.host}:{error.port}: {error.os_error}") from error
+    except aiohttp.ConnectionTimeoutError as error:
+        raise _Dropped(f"no connection to {url} in {_CONNECT_SECONDS:g} s") from error
     except (aiohttp.ClientError, OSError, ValueError) as error:  # a reset, half a body, a wrong compression
         if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
             raise  # ours

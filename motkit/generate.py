@@ -306,7 +306,7 @@ def generate_traces(
     folder = RunDir(Path(run).resolve())
     asked = _teachers_to_ask(recipe, teachers)
     _, problems = importing.seed_problems(recipe, folder.source("problems"))
-    with folder.hold(), storage_errors(folder.root):
+    with storage_errors(folder.root), folder.hold():
         _refuse_other_teachers(folder, recipe)
         reports = read_json(folder.generated_report)
         missing: list[str] = []
@@ -458,7 +458,10 @@ class _Generation:
             missing = [request for request in self.requests if request.label not in self.tally.current]
             have, name = len(self.requests) - len(missing), self.teacher.name
             stale = f", {self.tally.stale} stale" if self.tally.stale else ""
-            self.say(f"generate {name}: {have} of {len(self.requests)} samples are there{stale}; asks for the rest")
+            there = f"generate {name}: {have} of {len(self.requests)} samples are there{stale}"
+            log = self._log if self.teacher.engine == "vllm" or self.teacher.serve else None
+            asks = f"starts vLLM (it logs to {log}) and asks for the rest" if log else "asks for the rest"
+            self.say(f"{there}; {asks if missing else 'nothing to ask'}")
             self.started = time.perf_counter()
             try:
                 if missing:
@@ -471,20 +474,25 @@ class _Generation:
         report = self.reports[name]
         if missing:
             cost = f", cost {report['cost']:.2f}" if report["cost"] is not None else ""
+            before = report["seconds"] - report["asking_seconds"]
             self.say(
                 f"generate {name}: {report['answered']} answered, {report['truncated']} truncated, "
                 f"{report['rejected']} rejected, {report['missing']} missing; {report['tokens']} tokens in "
-                f"{report['seconds']:.0f} s{cost}"
+                f"{report['asking_seconds']:.0f} s{f', after {before:.0f} s of loading' if before >= 5 else ''}{cost}"
             )
 
+    @property
+    def _log(self) -> Path:
+        return self.folder.logs / f"generate_{self.teacher.name}.log"
+
     async def _ask(self, missing: Sequence[Request]) -> None:
-        engine, log = _engine(self.teacher), self.folder.logs / f"generate_{self.teacher.name}.log"
+        engine = _engine(self.teacher)
         # A setting that the teacher refuses looks like a refusal of every single request. So rejections count from the
         # first answer on; and a teacher that has stopped answering is not asked hundreds of times more.
         answered = not all(self.tally.current.values())
         rejections: list[Failure] = []
         in_a_row, too_many = 0, max(8, self.teacher.concurrency if self.teacher.over_http else 0)
-        async with contextlib.aclosing(engine(self.teacher, missing, log)) as outcomes:
+        async with contextlib.aclosing(engine(self.teacher, missing, self._log)) as outcomes:
             async for outcome in outcomes:
                 if isinstance(outcome, Answer):
                     answered, in_a_row = True, 0
