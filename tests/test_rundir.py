@@ -83,3 +83,11 @@ def test_too_little_space_is_said_before_work_begins(tmp_path):
     with pytest.raises(UserError, match="GB are free"):
         rundir.require_space(tmp_path / "not" / "yet", 2**60, "this")
     rundir.require_space(tmp_path, 1, "this")
+
+
+def test_a_file_in_a_runs_place_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match="cannot become a folder"), rundir.RunDir(path).hold():
+            pass
+    assert (tmp_path / "file").read_text() == "x"
