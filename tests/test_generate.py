@@ -13,7 +13,7 @@ from conftest import make_pico_checkpoint
 from experiment import write_experiment
 from unruly_server import FAULTS, UnrulyServer, completion
 
-from motkit.engines import split_reasoning
+from motkit.engines import _proxy, split_reasoning
 from motkit.errors import UserError
 from motkit.generate import generate_traces, generated_traces
 from motkit.recipe import load_recipe
@@ -450,3 +450,14 @@ def test_interrupted_by_a_person(write, tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in said
     assert json.loads((tmp_path / "run/generated/report.json").read_text())["asked"]["answered"] >= 10
+
+
+def test_the_proxy_is_the_environments(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", "127.0.0.1,.internal")
+    assert _proxy("https://llm.example.com/v1") == "http://proxy:3128"
+    assert _proxy("https://127.0.0.1:8000/v1") is None
+    assert _proxy("https://llm.internal/v1") is None
+    assert _proxy("http://llm.example.com/v1") is None
