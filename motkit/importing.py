@@ -159,6 +159,8 @@ def import_traces(
         trace = _made(Trace, fields, where)
         samples.add(trace.sample)
         yield trace
+    if not rows:
+        raise UserError(f"{source}: holds no trace")
     if not used:
         raise UserError(
             f"{source}: no trace of these problems in its {rows} rows; ids or prompts must be those of the problems: "

@@ -596,7 +596,9 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         result = Recipe.model_validate(values)
     except ValidationError as error:
-        faults += [line for fault in error.errors() for line in _describe(fault).split("\n")]
+        # A tuple of which an entry is at fault is then found too short as well.
+        found = [fault for fault in error.errors() if fault["type"] != "too_short" or not fault["input"]]
+        faults += [line for fault in found for line in _describe(fault).split("\n")]
     if isinstance(values.get("train"), dict):
         faults += _train_faults(values["train"])
     faults += _missing_files(values, path)
@@ -848,6 +850,8 @@ def _describe(fault: Any) -> str:
         return "\n".join(f"{where}: {line}" if where else line for line in message.split("\n"))
     if fault["type"] == "string_pattern_mismatch" and location[-1] == "name":
         message = "expected lower-case letters, digits, '.', '_' and '-', beginning with a letter or digit"
+    if fault["type"] == "string_pattern_mismatch" and location[-1] == "base_url":
+        message = "expected a URL such as http://127.0.0.1:8000/v1"
     return f"{where}: got {fault['input']!r}, {message[0].lower()}{message[1:]}"
 
 

@@ -211,10 +211,15 @@ class RunDir:
         """Hold the run for this process; the lock goes with the process, however it ends.
 
         Raises:
-            UserError: another process holds it.
+            UserError: another process holds it, or there is a file in its place.
         """
         with storage_errors(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+                raise UserError(
+                    f"{self.root}: cannot become a folder ({error.strerror}); choose another with --run"
+                ) from error
             file = (self.root / ".lock").open("a+", encoding="utf-8")
         with file:
             try:

@@ -167,7 +167,8 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             where = f"{path}:{number}"
             try:
-                value: Any = json.loads(raw.decode("utf-8"))
+                # Editors on Windows begin a file with a byte order mark.
+                value: Any = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise UserError(f"{where}: not UTF-8 at byte {error.start} of the line") from error
             except (ValueError, RecursionError) as error:

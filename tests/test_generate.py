@@ -1,6 +1,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,13 +13,14 @@ from conftest import make_pico_checkpoint
 from experiment import write_experiment
 from unruly_server import FAULTS, UnrulyServer, completion
 
-from motkit.engines import split_reasoning
+from motkit.engines import _proxy, split_reasoning
 from motkit.errors import UserError
 from motkit.generate import generate_traces, generated_traces
 from motkit.recipe import load_recipe
 from motkit.rundir import RunDir
 from motkit.samples import SampleFile, read_samples, requests_of
 from motkit.traces import SeedProblem, read_problems
+from motkit.verify import Verifier
 
 RECIPE = """
 student: student
@@ -80,6 +82,20 @@ def test_every_sample_arrives_exactly_once_from_a_server_that_misbehaves(write, 
     assert (entry["answered"], entry["missing"], entry["tokens"], entry["prompt_tokens"]) == (24, 0, 168, 120)
     assert entry["cost"] == pytest.approx((120 * 1.0 + 168 * 10.0) / 1e6)
     assert json.loads((tmp_path / "run/generated/report.json").read_text()) == report
+
+
+def test_the_bar_counts_what_the_recipes_verifier_finds_right(write, tmp_path, capsys):
+    def answer(body):  # a third is right, though none as a text; a third is cut off
+        number = int(body["messages"][-1]["content"].split("+")[0])
+        right = rf"\boxed{{\frac{{{2 * number + 4}}}{{2}}}}"
+        return [completion(right), completion(r"\boxed{x}"), completion(right, "length")][number % 3]
+
+    with UnrulyServer(answer=answer) as server, Verifier("math", workers=1) as judge:
+        loaded = load_recipe(write(server, 6))
+        generate_traces(loaded, tmp_path / "run", verify=judge.one, say=lambda line: None)
+    shown = capsys.readouterr().err
+    assert "18/18" in shown
+    assert re.search(r"tokens/s, 6/18 right", shown), shown[-300:]
 
 
 def test_retry_after_is_honoured(write, tmp_path, quick):
@@ -434,3 +450,14 @@ def test_interrupted_by_a_person(write, tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in said
     assert json.loads((tmp_path / "run/generated/report.json").read_text())["asked"]["answered"] >= 10
+
+
+def test_the_proxy_is_the_environments(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", "127.0.0.1,.internal")
+    assert _proxy("https://llm.example.com/v1") == "http://proxy:3128"
+    assert _proxy("https://127.0.0.1:8000/v1") is None
+    assert _proxy("https://llm.internal/v1") is None
+    assert _proxy("http://llm.example.com/v1") is None

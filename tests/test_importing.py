@@ -41,6 +41,20 @@ def test_every_form_becomes_the_same_trace(tmp_path, row, columns):
     assert (trace.reasoning, trace.response) == ("one and one", "It is \\boxed{2}.")
 
 
+def test_an_empty_source_and_a_byte_order_mark(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"empty\.jsonl: holds no trace"):
+        list(import_traces(str(tmp_path / "empty.jsonl"), {}, PROBLEMS))
+    windows = (
+        '\ufeff{"id": "a", "prompt": "1 + 1?", "answer": "2"}\r\n{"id": "b", "prompt": "2 + 2?", "answer": "4"}\r\n'
+    )
+    (tmp_path / "p.jsonl").write_bytes(windows.encode())
+    assert read_problems(tmp_path / "p.jsonl") == PROBLEMS
+    (tmp_path / "p.jsonl").write_bytes(b"\n" + windows.encode())
+    with pytest.raises(UserError, match=r"p\.jsonl:2: not a JSON object"):  # only where a file begins
+        read_problems(tmp_path / "p.jsonl")
+
+
 def test_samples_are_numbered_and_other_problems_left_out(tmp_path):
     rows = [{"prompt": prompt, "completion": "x"} for prompt in ("1 + 1?", "3 + 3?", "2 + 2?", "1 + 1?")]
     traces = list(import_traces(jsonl(tmp_path / "t.jsonl", rows), {}, PROBLEMS))
@@ -108,6 +122,57 @@ def test_a_dataset_of_the_hub_is_loaded_by_name(monkeypatch):
         list(import_problems("hf://a", {}))
     assert importing.is_hub_source("hf://a/b")
     assert not importing.is_hub_source("a/b.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_dataset_with_configs_and_splits_is_read_through_datasets(tmp_path, monkeypatch, kind):
+    """A folder of the working folder stands in for the repository on the hub: `datasets` takes both the same way."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "owner" / "name"
+    lines = ["---", "configs:"]
+    for config in ("main", "hard"):
+        lines += [f"- config_name: {config}", "  data_files:"]
+        for split in ("train", "test"):
+            rows = [
+                {
+                    "uuid": f"{config}-{split}-{number}",
+                    "messages": [
+                        {"role": "user", "content": f"{number} + 1?"},
+                        {"role": "assistant", "content": f"<think>\none more\n</think>\n\n\\boxed{{{number + 1}}}"},
+                    ],
+                    "expected": number + 1,
+                    "extra": {"level": None if number else 3},
+                }
+                for number in range(3)
+            ]
+            file = folder / config / f"{split}.{kind}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            table = datasets.Dataset.from_list(rows)
+            table.to_parquet(file) if kind == "parquet" else table.to_json(file)
+            lines += [f"  - split: {split}", f"    path: {config}/{split}.{kind}"]
+    (folder / "README.md").write_text("\n".join([*lines, "---", ""]))
+    columns = {"id": "uuid", "answer": "expected"}
+    for source, names in {
+        "hf://owner/name/main": ["main-train-0", "main-train-1", "main-train-2"],
+        "hf://owner/name/hard:test": ["hard-test-0", "hard-test-1", "hard-test-2"],
+        "hf://owner/name/hard:train[1:]": ["hard-train-1", "hard-train-2"],
+    }.items():
+        problems = list(import_problems(source, columns))
+        assert [problem.id for problem in problems] == names
+        assert [problem.answer for problem in problems] == [str(int(name[-1]) + 1) for name in names]
+        known = {problem.id: problem for problem in problems}
+        traces = list(import_traces(source, {"id": "uuid"}, known))
+        assert [(trace.problem_id, trace.reasoning) for trace in traces] == [(name, "one more") for name in names]
+    for source, says in {
+        "hf://owner/name": r"Config name is missing.*main",  # two configs: it says which
+        "hf://owner/name/soft": r"BuilderConfig 'soft' not found.*main",
+        "hf://owner/name/main:dev": r"Unknown split.*dev",
+    }.items():
+        with pytest.raises(UserError, match=f"{source}: cannot be loaded: {says}"):
+            list(import_problems(source, columns))
 
 
 def test_a_subset_depends_on_ids_and_seed_only():

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -333,3 +334,9 @@ def test_settings_of_a_teacher_that_do_not_go_together_are_all_named(write, teac
     for line, expected in zip(found, says, strict=True):
         assert expected in line
         assert line.startswith("mine.yaml: teachers[0]")
+
+
+def test_a_fault_of_the_only_teacher_is_one_line(write):
+    teachers = "teachers: [{name: x, model: m, engine: openai, base_url: 'ftp://x'}]\n"
+    (line,) = faults(write(re.sub(r"teachers:\n(  - .*\n)+", teachers, MINIMAL)))
+    assert line.endswith("teachers[0].base_url: got 'ftp://x', expected a URL such as http://127.0.0.1:8000/v1")

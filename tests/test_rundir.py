@@ -102,3 +102,11 @@ def test_a_pruned_stage_is_done_without_its_checkpoint(tmp_path):
     assert rundir.damage(stage, found, hashes=True) is None
     (stage / "metrics.jsonl").write_text("")
     assert "metrics.jsonl" in rundir.damage(stage, found, hashes=True)
+
+
+def test_a_file_in_a_runs_place_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match="cannot become a folder"), rundir.RunDir(path).hold():
+            pass
+    assert (tmp_path / "file").read_text() == "x"

@@ -111,8 +111,9 @@ def main(model: Path | None, num_prompts: int, samples: int, tokens: int, prompt
                 found[who].append((ours if who == "ours" else theirs)(python, folder, asked))
             click.echo(f"motkit {found['ours'][-1]:.1f} tokens/s, vllm.LLM.generate {found['theirs'][-1]:.1f}")
     mine, other = (statistics.median(figures) for figures in found.values())
+    ratio = statistics.median(one / peer for one, peer in zip(found["ours"], found["theirs"], strict=True))
     click.echo(
-        f"evaluation with vLLM {mine:.1f} tokens/s, vllm.LLM.generate {other:.1f} tokens/s: ratio {mine / other:.3f} "
+        f"evaluation with vLLM {mine:.1f} tokens/s, vllm.LLM.generate {other:.1f} tokens/s: ratio {ratio:.3f} "
         f"({num_prompts} prompts, {samples} samples of {tokens} tokens each, median of {repeats})"
     )
 
