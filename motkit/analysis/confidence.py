@@ -9,8 +9,7 @@ one's.
 import html
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from motkit import figures, rundir
-from motkit.analysis.models import batches, load_model, pad
+from motkit.analysis.models import BATCH_TOKENS, CHUNK_BYTES, batches, load_model, target_logits
 from motkit.checkpoint import load_tokenizer
 from motkit.errors import UserError
 from motkit.render import RenderedTrace
@@ -26,11 +25,6 @@ from motkit.render import RenderedTrace
 if TYPE_CHECKING:
     import numpy
     import pandas
-
-# Logits of a chunk of positions, in float32. One copy of them is alive beside it.
-CHUNK_BYTES = 2**26
-# Tokens, padding included, that go through the model's body together (one longer trace goes alone).
-BATCH_TOKENS = 8192
 
 KINDS = ("number", "connective", "formatting", "word")
 USES = ("all", "some", "one", "none")
@@ -87,23 +81,11 @@ def score_traces(
     import torch
 
     results: dict[int, TokenScores] = {}
-    vocabulary = model.config.get_text_config().vocab_size
-    chunk = max(1, chunk_bytes // (4 * vocabulary))
     bar = tqdm(total=len(traces), desc=progress, unit="trace", disable=progress is None, file=sys.stderr, leave=False)
     with bar, torch.inference_mode():
         for numbers in batches(traces, batch_tokens):
-            ids, labels = pad([traces[number] for number in numbers], model.device)
-            wanted = labels[:, 1:] != -100  # (B, T-1): position t predicts token t+1
-            body = model.base_model(input_ids=ids, use_cache=False)
-            hidden = body.last_hidden_state[:, :-1][wanted]  # (N, H)
-            targets = labels[:, 1:][wanted]  # (N,)
-            body.last_hidden_state = hidden[:1][None]
-            columns: list[Any] = []
-            with _head(model, body) as head:
-                for start in range(0, len(targets), chunk):
-                    logits = head(hidden[start : start + chunk])
-                    columns.append(_score(logits, targets[start : start + chunk]))
-                    del logits
+            some = [traces[number] for number in numbers]
+            columns = [_score(*chunk) for chunk in target_logits(model, some, chunk_bytes)]
             table = torch.cat(columns, dim=1).cpu().numpy()  # (3, N)
             first = 0
             for number in numbers:
@@ -112,7 +94,6 @@ def score_traces(
                 results[number] = TokenScores(log_probability.copy(), rank.astype("int64"), entropy.copy())
                 first = last
             bar.update(len(numbers))
-            del ids, labels, body, hidden, columns, table
     for number, scores in sorted(results.items()):
         if not (abs(scores.log_probability) < float("inf")).all() or not (scores.entropy < float("inf")).all():
             label = f"{traces[number].problem_id}#{traces[number].sample}"
@@ -120,44 +101,23 @@ def score_traces(
     return [results[number] for number in range(len(traces))]
 
 
-@contextmanager
-def _head(model: Any, body_output: Any) -> Iterator[Any]:
-    """hidden states (C, H) → logits (C, V) float32, by the model's own forward with its body put aside."""
-    import torch
-
-    given: dict[str, Any] = {}
-    body = model.base_model
-    if body is model:
-        raise UserError(f"{type(model).__name__}: has no body apart from its head; expected a causal language model")
-
-    def stand_in(*args: Any, **keywords: Any) -> Any:
-        return type(body_output)(**{**body_output, "last_hidden_state": given["hidden"]})
-
-    def head(hidden: Any) -> Any:
-        given["hidden"] = hidden[None]
-        nothing = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        return model(input_ids=nothing, use_cache=False).logits[0].float()
-
-    body.forward = stand_in
-    try:
-        yield head
-    finally:
-        del body.forward
-
-
 def _score(logits: Any, targets: Any) -> Any:
     """(3, C) float64: log-probability, rank and entropy of the targets (C,) under logits (C, V), which are spent."""
     import torch
 
-    target = logits.gather(1, targets[:, None])  # (C, 1)
-    rank = (logits > target).sum(1) + 1
-    normaliser = logits.logsumexp(1, keepdim=True)
-    log_probability = (target - normaliser)[:, 0]
-    logits.sub_(normaliser)
-    # -inf logits (padding of the vocabulary) have probability 0 and add nothing, not NaN.
-    entropy = -logits.exp().mul_(logits).nansum(1)
-    entropy = torch.where(normaliser[:, 0].isfinite(), entropy, torch.inf)
-    return torch.stack([log_probability.double(), rank.double(), entropy.double()])
+    shifted = logits.sub_(logits.amax(1, keepdim=True))
+    target = shifted.gather(1, targets[:, None])  # (C, 1)
+    scratch = torch.empty_like(shifted)  # the only other array of this size, written twice
+    # Counted in float32, exact below 2**24 entries: sums over bool are many times slower.
+    rank = torch.gt(shifted, target, out=scratch).sum(1) + 1
+    weights = torch.exp(shifted, out=scratch)
+    total = weights.sum(1)
+    mean = torch.bmm(weights[:, None], shifted[:, :, None])[:, 0, 0]
+    if not mean.isfinite().all():
+        # -inf (padding of the vocabulary) has probability 0 and adds nothing; NaN and +inf stay and are found later.
+        mean = torch.bmm(weights[:, None], shifted.masked_fill_(shifted == -torch.inf, 0)[:, :, None])[:, 0, 0]
+    normaliser = total.double().log()
+    return torch.stack([target[:, 0].double() - normaliser, rank.double(), normaliser - mean.double() / total.double()])
 
 
 # Tokens as text
