@@ -35,8 +35,10 @@ CAVEAT = (
     "(Andriushchenko et al. 2023)."
 )
 SAM_RADIUS = 0.05  # Foret et al. 2021, their default
-# Radii of the perturbations, as shares of the base student's weight norm: the same lengths for every checkpoint.
-RADII = (0.01, 0.02, 0.05, 0.1)
+# Radii of the perturbations, as shares of the base student's weight norm: the same lengths for every checkpoint. The
+# worst direction of a million is so much worse than a random one that no radius shows both.
+RADII_WORST = (0.0005, 0.001, 0.002, 0.005)
+RADII_MOST = (0.02, 0.05, 0.1, 0.2)
 
 Weights = dict[str, Any]
 
@@ -410,7 +412,8 @@ class Detail:
     trace_samples: int = 16
     density_runs: int = 2
     random_reach: float = 1.0
-    radii: tuple[float, ...] = RADII
+    radii_worst: tuple[float, ...] = RADII_WORST
+    radii_most: tuple[float, ...] = RADII_MOST
     curvature: tuple[str, ...] = ("hessian",)
 
 
@@ -621,24 +624,24 @@ class Landscape:
                 radius=SAM_RADIUS,
             )
             row |= {"loss": sharp["loss"], "sam_radius": SAM_RADIUS, "sam_sharpness": sharp["sharpness"]}
-            for share in detail.radii:
+            cases = [("most", seed, share) for share in detail.radii_most for seed in range(detail.seeds)]
+            cases += [("worst", 0, share) for share in detail.radii_worst]
+            for case, seed, share in cases:
                 radius = share * length
-                cases = [("most", seed) for seed in range(detail.seeds)] + [("worst", 0)]
-                for case, seed in cases:
 
-                    def compute(
-                        here: _Placed = here, case: str = case, seed: int = seed, radius: float = radius
-                    ) -> dict[str, float]:
-                        if case == "most":
-                            return {"increase": random_perturbation(here(), radius, seed)}
-                        return {"increase": worst_perturbation(here(), radius, steps=detail.worst_steps, seed=seed)}
+                def compute(
+                    here: _Placed = here, case: str = case, seed: int = seed, radius: float = radius
+                ) -> dict[str, float]:
+                    if case == "most":
+                        return {"increase": random_perturbation(here(), radius, seed)}
+                    return {"increase": worst_perturbation(here(), radius, steps=detail.worst_steps, seed=seed)}
 
-                    found = self.point(
-                        f"perturbation-{case}", [checkpoint], compute, seed=seed, radius=radius,
-                        steps=detail.worst_steps if case == "worst" else 1,
-                    )  # fmt: skip
-                    place = {"case": case, "seed": seed, "radius": radius, "radius_share": share}
-                    perturbations.append({"model": name, "arm": arm, **place, "increase": found["increase"]})
+                found = self.point(
+                    f"perturbation-{case}", [checkpoint], compute, seed=seed, radius=radius,
+                    steps=detail.worst_steps if case == "worst" else 1,
+                )  # fmt: skip
+                place = {"case": case, "seed": seed, "radius": radius, "radius_share": share}
+                perturbations.append({"model": name, "arm": arm, **place, "increase": found["increase"]})
             for kind in detail.curvature:
                 settings: dict[str, Any] = {
                     "lanczos_steps": detail.lanczos_steps,
@@ -864,13 +867,13 @@ def _draw_perturbations(axes: Any, table: "pandas.DataFrame", styles: Mapping[st
         for case, line, face in (("most", style.line, "white"), ("worst", style.line, style.colour)):
             by = part[part["case"] == case].groupby("radius_share")["increase"].mean()
             axes.plot(
-                100 * by.index, by.clip(lower=1e-5), color=style.colour, linestyle=line, marker=style.marker,
+                100 * by.index, by, color=style.colour, linestyle=line, marker=style.marker,
                 markerfacecolor=face, alpha=0.9,
             )  # fmt: skip
-    axes.set_yscale("log")
+    axes.set_yscale("symlog", linthresh=1e-2)
     axes.set_xscale("log")
     ticks = [100 * share for share in sorted(table["radius_share"].unique())]
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
     axes.minorticks_off()
     axes.set(xlabel="radius (% of the base's weight norm)", ylabel="loss increase (nats per token)")
     axes.set_title("Perturbation: filled worst case, hollow most case")
@@ -881,7 +884,7 @@ def _draw_scalars(axes: Any, table: "pandas.DataFrame", styles: Mapping[str, fig
         _say_nothing(axes, "no curvature computed")
         return
     operator = table["operator"].iloc[0]
-    names = {"sam_sharpness": f"SAM, ρ = {table['sam_radius'].iloc[0]:g}", "top_eigenvalue": "top eigenvalue"}
+    names = {"sam_sharpness": f"SAM, ρ={table['sam_radius'].iloc[0]:g}", "top_eigenvalue": "top eigenvalue"}
     names["trace"] = "trace"
     part = table[table["operator"] == operator]
     width = 0.8 / len(part)
@@ -901,30 +904,36 @@ def _draw_scalars(axes: Any, table: "pandas.DataFrame", styles: Mapping[str, fig
     axes.axhline(1, color="#000000", linewidth=0.7, linestyle=":")
     label = {"hessian": "Hessian", "ggn": "GGN"}[operator]
     units = [f"{part[key].iloc[0]:.3g}" for key in names]
-    axes.set_xticks(range(3), [f"{name}\n(base: {unit})" for name, unit in zip(names.values(), units, strict=True)])
+    axes.set_xticks(
+        range(3), [f"{name}\n(base {unit})" for name, unit in zip(names.values(), units, strict=True)], fontsize=7
+    )
     axes.set_ylabel("relative to the base")
     axes.set_title(f"Sharpness and {label}")
 
 
 def _draw_spectra(axes: Any, table: "pandas.DataFrame", styles: Mapping[str, figures.Style]) -> None:
-    import numpy
-
     if table.empty:
         _say_nothing(axes, "no spectrum computed")
         return
     operator = table["operator"].iloc[0]
-    part = table[table["operator"] == operator]
-    low, high = part["node"].min(), part["node"].max()
-    width = max((high - low) / 60, 1e-9)
-    grid = numpy.linspace(low - 3 * width, high + 3 * width, 400)
+    part = table[(table["operator"] == operator) & (table["weight"] > 1e-9)]
     for model, some in part.groupby("model", sort=False):
         style = styles[str(model)]
-        curve = density_curve(some["node"].to_list(), some["weight"].to_list(), grid.tolist(), width)
-        axes.plot(grid, numpy.maximum(curve, 1e-12), color=style.colour, linestyle=style.line)
+        by = some.sort_values("node")
+        axes.plot(
+            by["node"],
+            by["weight"],
+            style.marker,
+            color=style.colour,
+            linestyle=style.line,
+            linewidth=0.7,
+            markersize=4,
+        )
     axes.set_yscale("log")
-    axes.set_ylim(bottom=1e-8)
+    axes.set_xscale("symlog", linthresh=1)
     label = {"hessian": "Hessian", "ggn": "GGN"}[operator]
-    axes.set(xlabel=f"eigenvalue of the {label}", ylabel="density", title=f"Spectral density of the {label}")
+    axes.set(xlabel=f"eigenvalue of the {label}", ylabel="share of the spectrum")
+    axes.set_title(f"Spectral density of the {label} (quadrature)")
 
 
 def _say_nothing(axes: Any, why: str) -> None:

@@ -23,7 +23,6 @@ from motkit.analysis.landscape import (
     curvature_operator,
     dot,
     norm,
-    random_direction,
     trace_objective,
 )
 from motkit.analysis.models import load_model
@@ -36,8 +35,8 @@ if TYPE_CHECKING:
 
 STEPS = (1, 2, 3, 4, 5, 8, 50)
 NOTE = (
-    "The lemma is about full-batch gradient descent at a constant step size on a quadratic loss. A branch is trained by "
-    "AdamW on mini-batches: η is fitted, and only the shape of the damping is compared."
+    "The lemma is about full-batch gradient descent at a constant step size on a quadratic loss. A branch is trained "
+    "by AdamW on mini-batches: η is fitted, and the shape of the damping alone is compared."
 )
 
 
@@ -49,10 +48,10 @@ def movement(curvature: Any, rates: Sequence[float]) -> "numpy.ndarray[Any, Any]
     import numpy
 
     curvature = numpy.asarray(curvature, dtype=float)
-    moved = numpy.zeros_like(curvature)
+    moved: numpy.ndarray[Any, Any] = numpy.zeros_like(curvature)
     for rate in rates:
         # one step: x ← x − η (g + λ x), with x = −moved · g
-        moved = moved + rate * (1 - curvature * moved)
+        moved += rate * (1 - curvature * moved)
     return moved
 
 
@@ -105,17 +104,17 @@ def compute_theory(steps: Sequence[int] = STEPS, points: int = 401) -> dict[str,
 
 
 def measure_damping(
-    objective: Objective, start: Weights, end: Weights, *, top: int = 10, lanczos_steps: int = 40, random: int = 10,
+    objective: Objective, start: Weights, end: Weights, *, top: int = 10, lanczos_steps: int = 40,
     seed: int = 0,
 ) -> "pandas.DataFrame":  # fmt: skip
-    """A branch's movement along the top Hessian eigenvectors at its start, and along random directions.
+    """A branch's movement along the top Hessian eigenvectors at its start, and along what is left of the gradient.
 
     Args:
         objective: the branch's own training loss, on a model with eager attention.
         start, end: the weights before and after.
 
     Returns:
-        Columns direction (eigenvector, random), curvature (uᵀHu), gradient (uᵀg), moved (uᵀ(θ_end − θ_start)) and
+        Columns direction (eigenvector, flat), curvature (uᵀHu), gradient (uᵀg), moved (uᵀ(θ_end − θ_start)) and
         damping (−moved / gradient: the measured s_E, in units of the step size). Rows whose gradient is 0 have no
         damping.
     """
@@ -139,27 +138,23 @@ def measure_damping(
 
     for value, vector in zip(pairs.eigenvalues.tolist(), pairs.eigenvectors, strict=True):
         add("eigenvector", _unflatten(vector, start), value)
-    # A random direction would be nearly orthogonal to the gradient: half of it is taken along the gradient's flat part.
     flat = dict(gradient)
     for vector in pairs.eigenvectors:
         along = _unflatten(vector, start)
         flat = combine((1.0, flat), (-dot(flat, along), along))
-    if random and norm(flat) > 0:
+    if norm(flat) > 0:
         flat = combine((1 / norm(flat), flat))
-        for number in range(random):
-            drawn = combine((1.0, flat), (1.0, random_direction(start, seed + number, filter_normalised=False)))
-            drawn = combine((1 / norm(drawn), drawn))
-            product = _unflatten(operator.matvec(_flatten(drawn)), start)
-            add("random", drawn, dot(drawn, product))
+        product = _unflatten(operator.matvec(_flatten(flat)), start)
+        add("flat", flat, dot(flat, product))
     return pandas.DataFrame(rows)
 
 
 def compute_branch(run: Run, points: Points, *, traces_per_set: int = 24, seed: int = 0) -> "pandas.DataFrame":
     """`measure_damping` for each branch of a run's first round, with the prediction of the lemma beside it.
 
-    Further columns: branch, steps, share (damping / Σ of the fitted step sizes: 1 for a flat direction) and predicted
-    (the same by the lemma, with the branch's own schedule of step sizes, times one factor fitted to all its
-    directions).
+    Further columns: branch, steps, eta_lambda, share (damping / that of the flat direction: below 1 is damped) and
+    predicted (the same by the lemma). The lemma's step sizes are the branch's own schedule times one factor, such that
+    it moves as far along the flat direction as the branch did. Where ηλ ≥ 2 the lemma says nothing: no prediction.
     """
     import pandas
 
@@ -198,23 +193,27 @@ def _rates(metrics: Path) -> list[float]:
 
 
 def _with_prediction(table: "pandas.DataFrame", rates: Sequence[float]) -> "pandas.DataFrame":
-    """Fit one factor on the step sizes (what AdamW makes of a learning rate) by least squares of the movements."""
+    """Step sizes from the flat direction: what AdamW makes of a learning rate is not known beforehand."""
     import numpy
 
-    curvature, slope, moved = (table[key].to_numpy() for key in ("curvature", "gradient", "moved"))
-    best, error = 1.0, math.inf
-    for factor in numpy.geomspace(1e-3, 1e5, 1601):
-        scaled = [factor * rate for rate in rates]
-        if max(scaled) * curvature.max() >= 2:  # beyond it gradient descent diverges
-            break
-        off = float(((moved + movement(curvature, scaled) * slope) ** 2).sum())
-        if off < error:
-            best, error = float(factor), off
-    scaled = [best * rate for rate in rates]
     table = table.copy()
+    flat = table[table["direction"] == "flat"].iloc[0]
+    curvature = table["curvature"].to_numpy()
+
+    def flat_movement(factor: float) -> float:
+        return float(movement(flat["curvature"], [factor * rate for rate in rates]))
+
+    # By bisection on a logarithm; the movement grows with the step size while η λ stays below 1.
+    low, high = -12.0, math.log(1 / (max(rates) * max(float(flat["curvature"]), 1e-9)))
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if flat_movement(math.exp(middle)) < flat["damping"] else (low, middle)
+    scaled = [math.exp(low) * rate for rate in rates]
     table["eta_lambda"] = max(scaled) * curvature
-    table["share"] = table["damping"] / sum(scaled)
-    table["predicted"] = movement(curvature, scaled) / sum(scaled)
+    table["share"] = table["damping"] / flat["damping"]
+    with numpy.errstate(over="ignore"):
+        predicted = movement(curvature, scaled) / flat_movement(math.exp(low))
+    table["predicted"] = numpy.where(table["eta_lambda"] < 2, predicted, math.nan)
     return table
 
 
@@ -265,21 +264,21 @@ def draw_lemma1(tables: Mapping[str, "pandas.DataFrame"]) -> Any:
 
 
 def _draw_branches(axes: Any, branch: "pandas.DataFrame") -> None:
-    import numpy
-
     names = list(branch["branch"].unique())
+    shown = branch[branch["curvature"] > 0]
     for name, style in figures.series_styles(names).items():
-        part = branch[branch["branch"] == name].sort_values("eta_lambda")
+        part = shown[shown["branch"] == name].sort_values("eta_lambda")
         axes.plot(part["eta_lambda"], part["predicted"], color=style.colour, linestyle=style.line, linewidth=1)
-        for kind, face in (("eigenvector", style.colour), ("random", "white")):
-            some = part[part["direction"] == kind]
-            axes.plot(
-                some["eta_lambda"], some["share"], style.marker, color=style.colour, markerfacecolor=face,
-                linestyle="", label=f"{name}, {kind}s" if kind == "eigenvector" else None,
-            )  # fmt: skip
-    spread = branch["share"].abs().quantile(0.9)
-    axes.set_yscale("symlog", linthresh=max(0.1, float(numpy.nan_to_num(spread)) / 30))
+        size = 12 + 90 * (part["gradient"] / part["gradient"].abs().max()) ** 2
+        axes.scatter(
+            part["eta_lambda"], part["share"], s=size, marker=style.marker, color=style.colour, alpha=0.8, linewidths=0,
+            label=name,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("symlog", linthresh=1)
     axes.axhline(0, color="#000000", linewidth=0.6)
-    axes.set(xlabel="ηλ, with the fitted η", ylabel="movement / that of a flat direction")
+    axes.axhline(1, color="#000000", linewidth=0.6, linestyle=":")
+    axes.axvspan(1, max(2.0, 1.3 * float(shown["eta_lambda"].max())), color="#000000", alpha=0.05, linewidth=0)
+    axes.set(xlabel="ηλ, η from the flat direction", ylabel="movement / that of the flat direction")
     axes.set_title("Measured (marks) and predicted (lines)")
-    axes.legend(title="hollow: random directions", title_fontsize=7)
+    axes.legend(title="branch (large: much gradient)", title_fontsize=7)
