@@ -83,11 +83,13 @@ SEQUENTIAL = "cividis"
 
 
 def arm_style(arm: str) -> Style:
-    """Style of an arm: base, std, mtd, posthoc, mot, leave_out.
+    """Style of an arm: base, std, mtd, posthoc, mot, leave_out; ``mot/CONFIG`` looks like mot with another marker.
 
     Raises:
         KeyError: there is no such arm.
     """
+    if arm.startswith("mot/"):
+        return Style(_ARMS["mot"].colour, "P", (0, (4, 1, 1, 1)))
     return _ARMS[arm]
 
 

@@ -67,13 +67,14 @@ def test_the_prediction_is_tied_to_the_flat_direction(tmp_path):
     import pandas
 
     rates, factor = [3e-4, 2e-4, 1e-4], 120.0
-    curvature = numpy.array([40.0, 8.0, 0.3])
+    curvature = numpy.array([40.0, 8.0, 0.0])
     moved = lemma1.movement(curvature, [factor * rate for rate in rates])
     rows = {"direction": ["eigenvector", "eigenvector", "flat"], "curvature": curvature, "gradient": 1.0}
     table = lemma1._with_prediction(pandas.DataFrame(rows | {"moved": -moved, "damping": moved}), rates)
     numpy.testing.assert_allclose(table["predicted"], table["share"], rtol=1e-8)
+    assert table["share"].tolist()[2] == 1
     assert table["eta_lambda"].tolist() == pytest.approx((factor * 3e-4 * curvature).tolist())
-    steep = pandas.DataFrame(rows | {"curvature": [900.0, 8.0, 0.3], "moved": -moved, "damping": moved})
+    steep = pandas.DataFrame(rows | {"curvature": [900.0, 8.0, 0.0], "moved": -moved, "damping": moved})
     assert numpy.isnan(lemma1._with_prediction(steep, rates)["predicted"][0])
 
 

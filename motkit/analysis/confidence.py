@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from motkit import figures, rundir
 from motkit.analysis.models import BATCH_TOKENS, CHUNK_BYTES, batches, load_model, target_logits
+from motkit.analysis.runs import Run
 from motkit.checkpoint import load_tokenizer
 from motkit.errors import UserError
 from motkit.render import RenderedTrace
@@ -363,6 +364,22 @@ def _grouped(tokens: "pandas.DataFrame", by: str, draws: int, seed: int) -> "pan
     columns = [by, "count", "traces", "p_before", "p_after"]
     columns += [f"{measure}{end}" for measure in measures for end in ("", "_low", "_high")]
     return pandas.DataFrame(rows, columns=columns)
+
+
+def compute_run(
+    run: Run, *, per_set: int = 100, minimum_count: int = 20, trace: str | None = None, progress: bool | None = None
+) -> dict[str, "pandas.DataFrame"]:
+    """``tokens``, ``summary``, ``groups`` and ``trace`` of a run: its base against its final student, on its held-out
+    traces (on those it trained on, if it has none), with its teachers' training traces for who uses a token."""
+    progress = sys.stderr.isatty() if progress is None else progress
+    traces, _ = run.traces(per_set=per_set)
+    tokens = compute_tokens(run.base, run.final, traces, run.training_traces(), progress=progress)
+    return {
+        "tokens": tokens,
+        "summary": summarise_tokens(tokens, minimum_count=minimum_count),
+        "groups": compute_groups(tokens),
+        "trace": pick_trace(tokens, trace),
+    }
 
 
 def pick_trace(tokens: "pandas.DataFrame", which: str | None = None) -> "pandas.DataFrame":

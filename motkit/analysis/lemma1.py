@@ -193,26 +193,17 @@ def _rates(metrics: Path) -> list[float]:
 
 
 def _with_prediction(table: "pandas.DataFrame", rates: Sequence[float]) -> "pandas.DataFrame":
-    """Step sizes from the flat direction: what AdamW makes of a learning rate is not known beforehand."""
+    """Step sizes from the flat direction, for whose curvature 0 is taken: what AdamW makes of a learning rate is not
+    known beforehand."""
     import numpy
 
     table = table.copy()
-    flat = table[table["direction"] == "flat"].iloc[0]
+    moved = float(table.loc[table["direction"] == "flat", "damping"].iloc[0])
+    scaled = [rate * moved / sum(rates) for rate in rates]
     curvature = table["curvature"].to_numpy()
-
-    def flat_movement(factor: float) -> float:
-        return float(movement(flat["curvature"], [factor * rate for rate in rates]))
-
-    # By bisection on a logarithm; the movement grows with the step size while η λ stays below 1.
-    low, high = -12.0, math.log(1 / (max(rates) * max(float(flat["curvature"]), 1e-9)))
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if flat_movement(math.exp(middle)) < flat["damping"] else (low, middle)
-    scaled = [math.exp(low) * rate for rate in rates]
     table["eta_lambda"] = max(scaled) * curvature
-    table["share"] = table["damping"] / flat["damping"]
-    with numpy.errstate(over="ignore"):
-        predicted = movement(curvature, scaled) / flat_movement(math.exp(low))
+    table["share"] = table["damping"] / moved
+    predicted = movement(curvature, scaled) / moved
     table["predicted"] = numpy.where(table["eta_lambda"] < 2, predicted, math.nan)
     return table
 
@@ -254,7 +245,7 @@ def draw_lemma1(tables: Mapping[str, "pandas.DataFrame"]) -> Any:
         axes[0, 0].axvspan(1, 2, color="#000000", alpha=0.05, linewidth=0)
         axes[0, 0].set_ylabel("s_E(λ) / (E η)")
         axes[0, 0].set_title("Movement against curvature (grey: ηλ > 1)")
-        axes[0, 0].legend(ncols=2)
+        axes[0, 1].legend(ncols=4, loc="upper center", fontsize=7, columnspacing=1)
         axes[0, 1].set_ylim(-0.02, 0.55)
         axes[0, 1].set_title("Odd E rise again (from the marks): not monotone")
         if measured:

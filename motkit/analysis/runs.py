@@ -22,8 +22,8 @@ from motkit.traces import Trace, read_problems, read_traces
 class Run:
     """One run and its place in a comparison.
 
-    ``arm``: base, std, mtd, posthoc, mot or leave_out. ``budget``: steps, compute, or both where the arm is the same
-    under either. ``branch_steps``: optimizer steps of one branch in one round.
+    ``arm``: base, std, mtd, posthoc, mot, leave_out, or mot/CONFIG (another merge). ``budget``: steps, compute, or
+    both where the arm is the same under either. ``branch_steps``: optimizer steps of one branch in one round.
     """
 
     folder: RunDir
@@ -41,7 +41,7 @@ class Run:
             return f"STD {self.teacher}"
         if self.arm == "leave_out" and self.left_out:
             return f"MoT without {self.left_out}"
-        return ARM_NAMES[self.arm]
+        return ARM_NAMES.get(self.arm) or f"MoT {self.arm.removeprefix('mot/')}"
 
     @property
     def branch_steps(self) -> int:
@@ -186,8 +186,8 @@ def open_runs(paths: Sequence[Path]) -> Runs:
             continue
         comparison = rundir.read_json(file)
         for entry in comparison.get("runs", []):
-            if entry["arm"] not in ARM_NAMES:
-                raise UserError(f"{file}: unknown arm {entry['arm']!r}; expected one of {', '.join(ARM_NAMES)}")
+            if entry["arm"] not in ARM_NAMES and not entry["arm"].startswith("mot/"):
+                raise UserError(f"{file}: unknown arm {entry['arm']!r}; expected {', '.join(ARM_NAMES)} or mot/CONFIG")
             if not (path / entry["run"] / "recipe.yaml").is_file():
                 continue  # a comparison that is still being made
             place = {key: entry.get(key) for key in ("arm", "seed", "budget", "teacher", "left_out")}
