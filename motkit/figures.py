@@ -148,6 +148,20 @@ def plot_band(
         axes.fill_between(x, mean - spread, mean + spread, color=style.colour, alpha=BAND_ALPHA, linewidth=0)
 
 
+def log_axis(axes: Any) -> None:
+    """A logarithmic y axis whose labels are plain numbers, also where it spans less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    subs: tuple[float, ...] = (1.0, 2.0, 5.0) if high / max(low, 1e-300) > 12 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    if high / max(low, 1e-300) > 3000:
+        subs = (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def to_svg(figure: Any, stem: str) -> str:
     """The figure as the text of an SVG element; ``stem`` keeps its ids apart from those of other figures on a page."""
     import matplotlib

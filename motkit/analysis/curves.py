@@ -186,8 +186,9 @@ def draw_curves(tables: Mapping[str, "pandas.DataFrame"]) -> Any:
             losses = losses.rolling(window, center=True, min_periods=1).mean()
             figures.plot_band(axes[0, 0], losses.index, losses.mean(axis=1), losses.std(axis=1), styles[name], name)
             for axis, key, factor in ((axes[0, 1], "heldout_loss", 1), (axes[0, 2], "accuracy", 100)):
-                # What the student is at these steps: the base, then each merge; in between, the mean of the branches.
-                part = scores[(scores["name"] == name) & (scores["kind"] != "branch")]
+                # What the student is at these steps: the base, then each merge; in between, a single branch.
+                kinds = ["base", "merge", *(["between"] if arms[name] in ("std", "mtd") else [])]
+                part = scores[(scores["name"] == name) & scores["kind"].isin(kinds)]
                 by = factor * part.pivot_table(index="steps", columns="seed", values=key, aggfunc="mean")
                 if by.empty:
                     continue
@@ -198,8 +199,8 @@ def draw_curves(tables: Mapping[str, "pandas.DataFrame"]) -> Any:
         labels = ("loss (nats per token)", "loss (nats per token)", "accuracy, %")
         for axis, title, label in zip(axes[0], titles, labels, strict=True):
             axis.set(xlabel="optimizer steps of a branch, all rounds", ylabel=label, title=title)
-        axes[0, 0].set_yscale("log")
-        axes[0, 1].set_yscale("log")
+        figures.log_axis(axes[0, 0])
+        figures.log_axis(axes[0, 1])
         if names:
             figure.legend(loc="outside upper center", ncols=min(len(names), 6))
     return figure
@@ -261,12 +262,13 @@ def draw_costs(tables: Mapping[str, "pandas.DataFrame"]) -> Any:
                         axis.errorbar(
                             unit * part[key].mean(), values.mean(), yerr=spread, marker=style.marker,
                             color=style.colour, markerfacecolor="white" if budget == "compute" else style.colour,
-                            capsize=2.5, markersize=6.5, linestyle="", label=name if (row, column) == (0, 0) and budget != "compute" else None,
+                            capsize=2.5, markersize=6.5, linestyle="",
+                            label=name if (row, column) == (0, 0) and budget != "compute" else None,
                         )  # fmt: skip
                 axis.set(ylabel=label, xlabel=title)
                 axis.set_xlim(left=0)
                 if score == "heldout_loss":
-                    axis.set_yscale("log")
+                    figures.log_axis(axis)
         figure.legend(loc="outside upper center", ncols=min(max(len(names), 1), 6))
         figure.supxlabel(
             "filled: equal steps per branch; hollow: equal compute; bars: standard deviation over seeds", fontsize=8
