@@ -88,7 +88,8 @@ def _overview(runs: Runs, what: str) -> Section:
     teachers = ", ".join(teacher.name for teacher in main.recipe.teachers)
     words = (
         f"A {what} of Merge-of-Thought Distillation (arXiv 2509.08814): {len(main.recipe.teachers)} teachers "
-        f"({teachers}), {main.recipe.rounds} rounds of {main.branch_steps} steps per branch, student {_short(main.recipe.student)}."
+        f"({teachers}), {main.recipe.rounds} rounds of {main.branch_steps} steps per branch, from the student "
+        f"'{_short(main.recipe.student)}'."
     )
     section = Section("What this is", [("text", words)])
     if runs.comparison:
@@ -158,6 +159,8 @@ def _comparison_table(runs: Runs) -> list[tuple[Any, ...]]:
             blocks.append(("text", " ".join(str(sentence).split())))
     else:
         table = curves.compute_final(runs.runs)
+        order = {arm: place for place, arm in enumerate(curves.ARM_ORDER)}
+        table = table.assign(place=table["arm"].map(order)).sort_values(["budget", "place"], kind="stable")
         rows = [["budget", "arm", "seeds", "accuracy, %", "held-out loss"]]
         for place, part in table.groupby(["budget", "name"], sort=False):
             budget, name = typing.cast(tuple[str, str], place)
@@ -310,17 +313,18 @@ _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; max-width: 64rem;
   padding: 1rem 1rem 4rem; }
 h1 { font-size: 1.5rem; margin: .6rem 0 0; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
-nav { font-size: .9rem; } nav a { margin-right: .9rem; white-space: nowrap; } a { color: #005a8c; }
+nav { font-size: .9rem; } nav a { margin-right: .9rem; display: inline-block; } a { color: #005a8c; }
 .wide { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
-figure { margin: 1rem 0; } figure > div { overflow-x: auto; } figure svg { width: 100%; height: auto; display: block; }
+figure { margin: 1rem 0; } figure > div { overflow-x: auto; }
+figure svg { max-width: 100%; height: auto; display: block; }
 figcaption { color: #555; font-size: .88rem; margin-top: .3rem; }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .82rem; line-height: 1.4; }
-@media (max-width: 640px) { figure svg { min-width: 620px; } }
+@media (max-width: 640px) { figure .large svg { min-width: 620px; } }
 @media print { body { font-size: 11px; max-width: none; padding: 0; } nav { display: none; }
-  figure, table { break-inside: avoid; } figure svg { min-width: 0; } details > * { display: block; }
+  figure, table { break-inside: avoid; } figure .large svg { min-width: 0; } details > * { display: block; }
   pre { white-space: pre-wrap; } }
 """
 
@@ -353,7 +357,8 @@ def _block_html(page: Page, block: Sequence[Any]) -> str:
     if kind == "figure":
         svg = figures.to_svg(page.drawn[content], content)
         svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{html.escape(block[2])}" ', 1)
-        return f"<figure><div>{svg}</div><figcaption>{html.escape(block[2])}</figcaption></figure>"
+        size = "large" if page.drawn[content].get_figwidth() > 7 else "small"
+        return f'<figure><div class="{size}">{svg}</div><figcaption>{html.escape(block[2])}</figcaption></figure>'
     heading, *rows = content
     lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in heading) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
