@@ -30,6 +30,9 @@ TOKENIZER_FILES = (
     "additional_chat_templates",
 )
 
+# In a stage whose checkpoint was deleted on purpose.
+PRUNED = "pruned.json"
+
 
 def find_checkpoint(student: str, remedy: str = "") -> Path:
     """Folder of a checkpoint: the folder itself, or the local snapshot of a hub id (downloaded if need be).
@@ -43,7 +46,7 @@ def find_checkpoint(student: str, remedy: str = "") -> Path:
             raise UserError(f"{student}: not a checkpoint: no config.json in it")
         return path.resolve()
     if path.is_absolute():
-        raise UserError(f"{student}: no such folder{remedy}")
+        raise UserError(pruned_fault(path) or f"{student}: no such folder{remedy}")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*"]
@@ -54,6 +57,25 @@ def find_checkpoint(student: str, remedy: str = "") -> Path:
         raise UserError(
             f"{student}: no such folder here, and the hub does not give it ({type(error).__name__}: {reason}){remedy}"
         ) from error
+
+
+def content_files(checkpoint: Path) -> list[Path]:
+    """Every file of a checkpoint that says what it is, sorted: the model card is none."""
+    files = (path for path in checkpoint.rglob("*") if path.is_file())
+    return sorted(path for path in files if path.name not in {"README.md", ".gitattributes"})
+
+
+def pruned_fault(checkpoint: Path) -> str | None:
+    """What to say of a branch's checkpoint that ``keep_branches`` has deleted; None if it was not."""
+    stage = checkpoint.parent
+    if checkpoint.exists() or not (stage / PRUNED).is_file():
+        return None
+    if (stage / "adapter").is_dir():
+        how = f"its adapter is there: 'motkit merge mot OUT --base START --branch {stage / 'adapter'} --dtype float32'"
+        how += " makes it again, where START is the student that its round began with"
+    else:
+        how = "a new run with keep_branches=all trains it again"
+    return f"{checkpoint}: was pruned (keep_branches); {how}"
 
 
 def weight_files(checkpoint: Path) -> list[Path]:

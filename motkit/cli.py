@@ -1,5 +1,6 @@
 """The ``motkit`` command: arguments in, tables out. No logic; heavy imports inside the commands."""
 
+import itertools
 import shutil
 import sys
 from collections.abc import Sequence
@@ -133,7 +134,13 @@ def generate_command(
 @click.argument("config")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--base", type=click.Path(path_type=Path), help="Checkpoint for $student: the merge's base model.")
-@click.option("--branch", "branches", type=click.Path(path_type=Path), multiple=True, help="Checkpoint; repeat it.")
+@click.option(
+    "--branch",
+    "branches",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Checkpoint or LoRA adapter; repeat it.",
+)
 @click.option("--dtype", help="Type of the written weights, instead of the config's out_dtype.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of methods that draw at random.")
 @click.option("--device", default="cpu", show_default=True, help="Where the arithmetic is done.")
@@ -148,7 +155,10 @@ def merge_command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Merge checkpoints as the mergekit CONFIG says (a path or a bundled name: mot, linear, ties, …) into OUT."""
+    """Merge checkpoints as the mergekit CONFIG says (a path or a bundled name: mot, linear, ties, …) into OUT.
+
+    A branch may be a LoRA adapter of peft's, trained on --base: it stands for base + scaling·B·A.
+    """
     from motkit.merge import merge_checkpoints
 
     report = merge_checkpoints(
@@ -166,6 +176,150 @@ def merge_command(
         f"{report.parameters / 1e6:.1f} M parameters, {report.bytes_written / 1e6:.0f} MB written in "
         f"{report.seconds:.1f} s"
     )
+
+
+@main.command("evaluate")
+@click.argument("student")
+@click.option("--problems", help="JSONL of problems, or hf://owner/name of the hub; needed without a preset.")
+@click.option("--preset", help="aime24 or aime25: avg@16, temperature 0.6, top_p 0.95, 32,768 tokens.")
+@click.option("--verifier", help="math, exact, choice, reasoning_gym:<task>.  [default: math]")
+@click.option("--samples", type=click.IntRange(min=1), help="k: answers to each problem.  [default: 1]")
+@click.option("--temperature", type=float, help="0 is greedy.  [default: 0]")
+@click.option("--top-p", type=float, help="[default: 1]")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Of an answer.  [default: 1024]")
+@click.option("--traces", "traces", multiple=True, metavar="NAME=FILE", help="Held-out traces: their loss; repeat it.")
+@click.option("--engine", type=click.Choice(["auto", "transformers", "vllm"]), default="auto", show_default=True)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Problems (transformers)."
+)
+@click.option("--seed", type=int, default=42, show_default=True)
+@click.option("--tasks", help="Also lm-eval's tasks, with commas between: mmlu,gpqa,…")
+@click.option("--base", help="With --tasks: the student before, to table the differences.")
+@click.option("--limit", type=click.IntRange(min=1), help="With --tasks: documents of each task.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: evaluations/<student>]")
+@click.option("--json", "as_json", is_flag=True, help="Print what evaluation.json holds.")
+def evaluate_command(
+    student: str,
+    problems: str | None,
+    preset: str | None,
+    verifier: str | None,
+    samples: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    max_tokens: int | None,
+    traces: Sequence[str],
+    engine: str,
+    batch_size: int,
+    seed: int,
+    tasks: str | None,
+    base: str | None,
+    limit: int | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Score STUDENT (a checkpoint, a hub id or a run directory) on held-out problems: avg@k, pass@k, maj@k.
+
+    The answers and what was said of each are in OUT/evaluation/student.jsonl: every score can be computed from it. Run
+    again to go on.
+    """
+    import json
+
+    from motkit.recipe import read_evaluation
+    from motkit.scoring import evaluate_student
+
+    folder = out or Path("evaluations") / Path(student).name
+    sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+    values: dict[str, Any] = {"preset": preset, "problems": problems, "verifier": verifier, "samples": samples}
+    values |= {"sampling": {key: value for key, value in sampling.items() if value is not None} or None}
+    values |= {"traces": dict(_pair("--traces", pair) for pair in traces) or None}
+    values |= {"engine": engine, "batch_size": batch_size}
+    found: dict[str, Any] = {}
+    if problems or preset or traces or not tasks:
+        settings = read_evaluation({key: value for key, value in values.items() if value is not None})
+        found = evaluate_student(student, settings, folder, seed=seed, progress=sys.stderr.isatty())
+        if not as_json:
+            _print_scores(found, folder)
+    if tasks:
+        from motkit.general import evaluate_tasks
+
+        checkpoints = {"base": Path(base)} if base else {}
+        table = evaluate_tasks(
+            {**checkpoints, "student": Path(student)}, tasks.split(","), folder, limit=limit, seed=seed
+        )
+        found["tasks"] = json.loads(table.to_json(orient="records"))
+        if not as_json:
+            click.echo(table.to_string(index=False))
+    if as_json:
+        click.echo(json.dumps(found))
+
+
+@main.command("compare")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--arms", default="base,std,mtd,posthoc,mot", show_default=True, help="Also mot/CONFIG: another merge.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="A run of every arm for each.")
+@click.option(
+    "--budget",
+    "budgets",
+    multiple=True,
+    type=click.Choice(["steps", "compute"]),
+    help="What is equal; both with two.  [default: steps]",
+)
+@click.option(
+    "--leave-out", "leave_out", multiple=True, metavar="NAME", help="Also MoT without this teacher; repeat it."
+)
+@click.option("--noisy", metavar="NAME", help="Give this teacher's answers to the wrong problems, filter off.")
+@click.option(
+    "--clean", type=click.Path(path_type=Path), help="With --noisy: the comparison to say what was lost against."
+)
+@click.option("--run", "run", type=click.Path(path_type=Path), help="Folder.  [default: runs/<recipe's name>-compare]")
+@click.option("--dry-run", is_flag=True, help="Say what would be run, and do nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print the tables as JSON.")
+def compare_command(
+    recipe: str,
+    overrides: Sequence[str],
+    arms: str,
+    seeds: str,
+    budgets: Sequence[str],
+    leave_out: Sequence[str],
+    noisy: str | None,
+    clean: Path | None,
+    run: Path | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Compare MoT with what one would do otherwise: RECIPE's student and teachers, several seeds, one stopping rule.
+
+    Every arm is the same loop with other settings: base (no training), std (one teacher; a run for each), mtd (all
+    traces mixed), posthoc (one merge at the end), mot. Budget 'steps' gives every branch the same number of steps,
+    'compute' gives every arm as many branch-steps as MoT. Run again to go on.
+    """
+    from motkit import recipe as recipes
+    from motkit.compare import arm_recipe, plan_comparison, run_comparison
+
+    loaded = recipes.load_recipe(recipe, overrides)
+    name = recipes.recipe_name(recipes.recipe_path(recipe)) + "-compare" + (f"-noisy-{noisy}" if noisy else "")
+    folder = run or Path("runs") / name
+    if not all(seed.strip().isdigit() for seed in seeds.split(",")):
+        raise UserError(f"--seeds {seeds}: expected whole numbers with commas between, such as 0,1,2")
+    chosen: dict[str, Any] = {
+        "arms": [arm.strip() for arm in arms.split(",")],
+        "seeds": [int(seed) for seed in seeds.split(",")],
+        "budgets": budgets or ("steps",),
+        "leave_out": leave_out,
+    }
+    if dry_run:
+        rows = []
+        for planned in plan_comparison(loaded, **chosen):
+            settings = arm_recipe(loaded, planned)
+            steps = 0 if planned.arm == "base" else settings.rounds * settings.train["max_steps"]
+            rows.append(
+                [planned.run, planned.label, planned.budget, _count(steps * len(settings.branch_names) or None)]
+            )
+        _print_table(f"{folder}: what would be run", ["run", "arm", "budget", "branch-steps"], rows)
+        return
+    result = run_comparison(loaded, folder, **chosen, noisy=noisy, clean=clean, progress=sys.stderr.isatty())
+    _print_comparison(result, folder, as_json)
 
 
 @main.command("verify")
@@ -241,12 +395,7 @@ def import_command(
     """
     from motkit import importing, traces
 
-    mapping = {}
-    for pair in columns:
-        key, equals, column = pair.partition("=")
-        if not equals or not key or not column:
-            raise UserError(f"--columns {pair!r}: expected KEY=COLUMN, such as id=problem_id")
-        mapping[key] = column
+    mapping = dict(_pair("--columns", pair) for pair in columns)
     if out.exists():
         raise UserError(f"{out}: exists already; delete it or name another file")
     if kind == "problems":
@@ -262,15 +411,33 @@ def import_command(
 
 @main.command("status")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
-def status_command(run: Path, as_json: bool) -> None:
-    """Table what the run directory RUN holds: each branch and merge, its cost and its scores."""
-    from motkit.summary import summarise
+@click.option("--verbose", is_flag=True, help="Also what every stage spent, and how far the branches agree.")
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON; with --verbose also the costs.")
+def status_command(run: Path, verbose: bool, as_json: bool) -> None:
+    """Table what RUN (a run directory or a comparison) holds: each branch and merge, its scores, and what all cost."""
+    if (run / "comparison.json").is_file():
+        from motkit.compare import summarise_comparison
 
-    table = summarise(run)
+        _print_comparison(summarise_comparison(run), run, as_json)
+        return
+    from motkit.summary import ledger, summarise, total_costs
+
+    table, costs = summarise(run), ledger(run)
+    if as_json and verbose:
+        import json
+
+        found = {"students": table, "costs": costs}
+        click.echo(json.dumps({key: json.loads(value.to_json(orient="records")) for key, value in found.items()}))
+        return
     if not as_json:
         _print_report(run)
+    if verbose and not as_json:
+        _print_agreement(run)
     _print_summary(table, run, as_json)
+    if not as_json and len(costs):
+        _print_costs(f"{run}: what it cost", total_costs(costs).assign(stage=lambda totals: totals["kind"]))
+        if verbose:
+            _print_costs(f"{run}: by stage", costs)
 
 
 @main.command("report")
@@ -342,9 +509,13 @@ def _print_plan(plan: Sequence[Any], folder: Path, as_json: bool) -> None:
         ]
         for stage in plan
     ]
-    total = sum(stage.disk_bytes or 0 for stage in plan if stage.action != "skip")
+    changes = [stage.disk_bytes or 0 for stage in plan if stage.action != "skip"]
+    total = sum(change for change in changes if change > 0)
     _print_table(f"{folder}: what would be done", ["stage", "action", "rows", "steps", "≈ tokens", "disk"], rows)
     click.echo(f"disk to be written: {_bytes(total) or '0 MB'}, and a branch's resumable checkpoints while it trains")
+    if any(change < 0 for change in changes):
+        most = max(itertools.accumulate(changes))
+        click.echo(f"of it at one time at most {_bytes(most) or '0 MB'}, in the end {_bytes(sum(changes)) or '0 MB'}")
 
 
 def _print_summary(table: "pandas.DataFrame", folder: Path, as_json: bool) -> None:
@@ -374,6 +545,110 @@ def _print_summary(table: "pandas.DataFrame", folder: Path, as_json: bool) -> No
     )
 
 
+def _pair(option: str, text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key or not value:
+        raise UserError(f"{option} {text!r}: expected KEY=VALUE")
+    return key, value
+
+
+def _print_scores(entry: dict[str, Any], folder: Path) -> None:
+    """A line per score of one evaluation."""
+    scores, rows = entry["scores"], []
+    if "accuracy" in scores:
+        k = scores["samples"]
+        error = f"± {100 * scores['standard_error']:.1f} (standard error over {scores['problems']} problems)"
+        rows.append([f"avg@{k}", f"{100 * scores['accuracy']:.1f} %", error])
+        if k > 1:
+            rows += [[f"pass@{at}", f"{100 * value:.1f} %", ""] for at, value in scores["pass_at"].items()]
+            rows += [[f"maj@{at}", f"{100 * value:.1f} %", ""] for at, value in scores["maj_at"].items()]
+        rows.append(["truncated", f"{100 * scores['truncated']:.1f} %", "of the answers reached the token limit"])
+        rows.append(["unverifiable", f"{100 * scores['unverifiable']:.1f} %", "finished, but cannot be judged; wrong"])
+        rows.append(["mean tokens", f"{scores['mean_tokens']:.0f}", "of an answer"])
+    if "heldout_loss" in scores:
+        rows.append(["held-out loss", f"{scores['heldout_loss']:.4f}", "nats a token"])
+        by_set = scores["heldout_loss_by_set"]
+        rows += [[f"  {name}", f"{loss:.4f}", ""] for name, loss in by_set.items() if len(by_set) > 1]
+    cost = entry["cost"]
+    rows.append(["seconds", f"{cost['seconds']:.1f}", f"{_bytes(cost['peak_memory_bytes'])}, engine {entry['engine']}"])
+    _print_table(str(folder), ["score", "value", ""], rows)
+
+
+def _print_costs(title: str, costs: "pandas.DataFrame") -> None:
+    headings = [
+        "stage",
+        "branch-steps",
+        "tokens",
+        "TFLOPs",
+        "seconds",
+        "peak memory",
+        "read",
+        "written",
+        "disk",
+        "price",
+    ]
+
+    def size(row: Any, key: str) -> str:
+        return _bytes(int(row[key])) if _known(row[key]) else ""
+
+    cells = [
+        [
+            row["stage"],
+            _count(row["branch_steps"]),
+            _count(row["tokens"]),
+            f"{row['flops'] / 1e12:,.2f}" if _known(row["flops"]) else "",
+            f"{row['seconds']:,.1f}" if _known(row["seconds"]) else "",
+            *(size(row, key) for key in ("peak_memory_bytes", "bytes_read", "bytes_written", "disk_bytes")),
+            f"{row['price']:.2f}" if _known(row["price"]) else "",
+        ]
+        for row in costs.to_dict(orient="records")
+    ]
+    _print_table(title, headings, cells, bold="total")
+
+
+def _print_comparison(comparison: Any, folder: Path, as_json: bool) -> None:
+    from motkit.compare import arm_label
+
+    if as_json:
+        import json
+
+        arms, runs = (json.loads(table.to_json(orient="records")) for table in (comparison.arms, comparison.runs))
+        click.echo(json.dumps({"arms": arms, "runs": runs, "sentences": comparison.sentences}))
+        return
+    titles = {"steps": "equal steps per branch", "compute": "equal compute"}
+    headings = ["arm", "seeds", "accuracy %", "against the best teacher", "lost", "held-out loss", "branch-steps"]
+    headings += ["tokens", "TFLOPs", "seconds", "memory", "disk"]
+    for budget in dict.fromkeys(comparison.arms["budget"]):
+        rows = []
+        for row in comparison.arms[comparison.arms["budget"] == budget].to_dict(orient="records"):
+            spread = f" ± {100 * row['accuracy_std']:.1f}" if _known(row["accuracy_std"]) else ""
+            against = "the best teacher" if row["best_teacher"] else ""
+            if _known(row.get("difference")):
+                interval = f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+                against = f"{100 * row['difference']:+.1f} {interval}"
+            teacher, left_out = (row[key] if _known(row[key]) else None for key in ("teacher", "left_out"))
+            rows.append(
+                [
+                    arm_label(row["arm"], teacher, left_out),
+                    str(row["seeds"]),
+                    f"{100 * row['accuracy']:.1f}{spread}",
+                    against,
+                    f"{100 * row['lost']:+.1f}" if _known(row.get("lost")) else "",
+                    f"{row['heldout_loss']:.4f}" if _known(row["heldout_loss"]) else "",
+                    *(_count(row[key] or None) for key in ("branch_steps", "tokens")),
+                    f"{row['flops'] / 1e12:,.1f}" if row["flops"] else "",
+                    f"{row['seconds']:,.0f}" if row["seconds"] else "",
+                    _bytes(int(row["peak_memory_bytes"])) if _known(row["peak_memory_bytes"]) else "",
+                    _bytes(int(row["disk_bytes"])),
+                ]
+            )
+        _print_table(f"{folder}: {titles[budget]}", headings, rows, bold="mot")
+    click.echo("accuracy: mean ± standard deviation over seeds; costs: of one seed, training and merging alone")
+    for sentence in comparison.sentences:
+        click.echo(sentence)
+    click.echo(f"tables and figure: {folder}/compare.csv, compare_runs.csv, compare.png")
+
+
 def _print_report(folder: Path) -> None:
     """Table what the filter kept of each teacher, if it has run."""
     from motkit.filter import REPORT_HEADINGS, report_rows
@@ -382,6 +657,23 @@ def _print_report(folder: Path) -> None:
     report = read_json(RunDir(folder).traces / "report.json")
     if report:
         _print_table(f"{folder}: traces", REPORT_HEADINGS, report_rows(report))
+
+
+def _print_agreement(folder: Path) -> None:
+    """Table how far the branches agree: the whole model in every round, and the layers of the last."""
+    from motkit.merge_agreement import HEADINGS, MODEL, agreement_rows, read_agreement
+    from motkit.rundir import RunDir
+
+    files = sorted(RunDir(folder).root.glob("round_*/merged/agreement.csv"))
+    rows = []
+    for file in files:
+        values = read_agreement(file)
+        if file != files[-1]:
+            values = [value for value in values if value.layer == MODEL]
+        number = str(int(file.parts[-3].removeprefix("round_")))
+        rows += [[number, *row] for row in agreement_rows(values)]
+    if rows:
+        _print_table(f"{folder}: agreement of the branches", ["round", *HEADINGS], rows, bold=MODEL)
 
 
 def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], bold: str = "") -> None:
@@ -419,4 +711,6 @@ def _count(value: Any) -> str:
 def _bytes(value: int | None) -> str:
     if not value:
         return ""
+    if value < 0:
+        return f"−{_bytes(-value)}"
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"

@@ -6,6 +6,7 @@ Here too: text out of a model in this process, which evaluation and the engine `
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
@@ -19,12 +20,12 @@ from motkit import importing
 from motkit.checkpoint import end_token_ids, find_checkpoint, load_tokenizer
 from motkit.engines import Answer, Engine, Failure, Outcome, ask_endpoint, clean_text, split_reasoning
 from motkit.errors import UserError
-from motkit.recipe import Recipe, Teacher
-from motkit.rundir import RunDir, read_json, storage_errors, write_json
+from motkit.recipe import Evaluation, Recipe, Teacher
+from motkit.rundir import RunDir, digest, read_json, storage_errors, write_json
 from motkit.samples import REJECTED, Request, SampleFile, read_samples, requests_of, tally
 from motkit.summary import load_recorded_recipe
 from motkit.traces import SeedProblem, Trace
-from motkit.vllm_process import ask_vllm
+from motkit.vllm_process import ask_vllm, continue_prompts, has_vllm
 
 # A longer response is not verified while others wait.
 _VERIFIED_CHARACTERS = 20_000
@@ -51,7 +52,8 @@ def generate_texts(
     end_ids: Sequence[int],
     batch_size: int,
     seed: int,
-    on_batch: Callable[[int], None] = lambda count: None,
+    known: Mapping[tuple[int, int], Generation] | None = None,
+    on_result: Callable[[int, int, Generation], None] = lambda prompt, sample, generation: None,
 ) -> list[list[Generation]]:
     """Continue each prompt, batched by length with padding on the left.
 
@@ -64,7 +66,9 @@ def generate_texts(
         end_ids: token ids that end a continuation; they are not part of its text.
         batch_size: prompts at a time.
         seed: of the sampling, set before every batch, so that a batch does not depend on those before it.
-        on_batch: called with the number of prompts that a batch has finished.
+        known: (prompt, sample) → a generation of an attempt that was interrupted; a batch of which all are known is not
+            made again.
+        on_result: called with (prompt, sample, generation) for each that is made, after its batch.
 
     Returns:
         For each prompt, in the order given, its ``samples`` generations.
@@ -87,6 +91,10 @@ def generate_texts(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
+        if known and all((index, sample) in known for index in batch for sample in range(samples)):
+            for index in batch:
+                results[index] = [known[index, sample] for sample in range(samples)]
+            continue
         longest = max(len(prompts[index]) for index in batch)
         padding = [longest - len(prompts[index]) for index in batch]
         ids = torch.tensor([[pad_id] * pad + list(prompts[index]) for pad, index in zip(padding, batch, strict=True)])
@@ -95,14 +103,121 @@ def generate_texts(
         with torch.inference_mode():
             output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
         for row, continuation in enumerate(output[:, longest:].tolist()):
-            end = next((at for at, token in enumerate(continuation) if token in end_ids), None)
-            kept = continuation[: len(continuation) if end is None else end]
-            text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            results[batch[row // samples]].append(
-                Generation(text, len(kept) + (end is not None), "length" if end is None else "stop")
-            )
-        on_batch(len(batch))
+            results[batch[row // samples]].append(_generation(tokenizer, continuation, end_ids))
+            number, sample = batch[row // samples], row % samples
+            on_result(number, sample, results[number][sample])
     return results
+
+
+def _generation(tokenizer: Any, continuation: Sequence[int], end_ids: Sequence[int]) -> Generation:
+    """The text of T token ids up to the first that ends it."""
+    end = next((at for at, token in enumerate(continuation) if token in end_ids), None)
+    kept = continuation[:end]
+    text = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return Generation(text, len(kept) + (end is not None), "length" if end is None else "stop")
+
+
+def continue_with_vllm(
+    checkpoint: str | Path,
+    prompts: Sequence[Sequence[int]],
+    *,
+    samples: int,
+    temperature: float,
+    top_p: float,
+    max_tokens: int,
+    end_ids: Sequence[int],
+    seed: int,
+    engine_args: Mapping[str, Any] | None = None,
+    python: str | None = None,
+    log: Path,
+    known: Mapping[tuple[int, int], Generation] | None = None,
+    on_ready: Callable[[], None] = lambda: None,
+    on_result: Callable[[int, int, Generation], None] = lambda prompt, sample, generation: None,
+) -> list[list[Generation]]:
+    """Continue each prompt as `generate_texts` does, with a checkpoint folder and vLLM in a process of its own.
+
+    The text is made here, from the token ids, with the checkpoint's tokenizer: it is what `generate_texts` makes of
+    them. vLLM is asked for all at once and batches by itself; its memory is free again when this returns.
+
+    Args:
+        checkpoint: folder of the model and its tokenizer.
+        prompts: token ids of each prompt.
+        samples: continuations of each prompt.
+        temperature: 0 is greedy.
+        max_tokens: limit of a continuation, in tokens. One that reaches the model's own limit ends there (``length``).
+        end_ids: token ids that end a continuation, and nothing else does; they are not part of its text.
+        seed: of the sampling. Every continuation has a seed of its own, drawn from this, its prompt's token ids and its
+            number, so that it does not depend on which others are asked for.
+        engine_args: of ``vllm.LLM``. Unless they say otherwise, ``dtype`` is bfloat16 (what vLLM would choose for a
+            float32 checkpoint is float16) and ``max_model_len`` what the longest continuation needs.
+        python: the interpreter that has vLLM; default: ``MOTKIT_VLLM_PYTHON``, else ours.
+        log: file to which everything that vLLM prints is appended.
+        known: (prompt, sample) → a generation that is there already, from an attempt that was interrupted: returned as
+            it is, and not asked for.
+        on_ready: called once the model is loaded, before anything is sampled.
+        on_result: called with (prompt, sample, generation) for each that arrives, as soon as it does.
+
+    Returns:
+        For each prompt, in the order given, its ``samples`` generations.
+
+    Raises:
+        UserError: there is no vLLM, it does not start, or it refuses a prompt; what had arrived was handed over.
+    """
+    checkpoint, found = Path(checkpoint).resolve(), dict(known or {})
+    seeds: dict[int, dict[int, int]] = {}
+    for number, prompt in enumerate(prompts):
+        missing = [sample for sample in range(samples) if (number, sample) not in found]
+        if missing:
+            seeds[number] = {sample: int(digest([seed, list(prompt), sample])[:7], 16) for sample in missing}
+    if seeds:
+        tokenizer = load_tokenizer(checkpoint)
+        needed = max(len(prompts[number]) for number in seeds) + max_tokens
+        greedy = {"temperature": 0.0} if temperature == 0.0 else {"temperature": temperature, "top_p": top_p}
+        sampling = {**greedy, "max_tokens": max_tokens, "stop_token_ids": list(end_ids), "ignore_eos": True}
+        arguments = {"dtype": "bfloat16", "max_model_len": _longest(checkpoint, needed), **(engine_args or {})}
+
+        async def ask() -> None:
+            asked = continue_prompts(
+                checkpoint,
+                dict(enumerate(prompts)),
+                seeds,
+                sampling,
+                engine_args=arguments,
+                python=python,
+                log=log,
+                on_ready=on_ready,
+            )
+            async with contextlib.aclosing(asked) as answers:
+                async for number, sample, token_ids, _ in answers:
+                    found[number, sample] = _generation(tokenizer, token_ids, end_ids)
+                    on_result(number, sample, found[number, sample])
+
+        _run_to_end(ask)
+    return [[found[number, sample] for sample in range(samples)] for number in range(len(prompts))]
+
+
+def _longest(checkpoint: Path, needed: int) -> int:
+    """``needed`` tokens, or as many as the model has positions."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint).get_text_config()
+    return min(needed, getattr(config, "max_position_embeddings", None) or needed)
+
+
+def evaluation_engine(settings: Evaluation) -> str:
+    """``transformers`` or ``vllm``: what ``engine: auto`` means on this machine."""
+    import torch
+
+    if settings.engine != "auto":
+        return settings.engine
+    return "vllm" if torch.cuda.is_available() and has_vllm(settings.python) else "transformers"
+
+
+def text_generator(engine: str, settings: Evaluation, log: Path) -> Callable[..., list[list[Generation]]]:
+    """`generate_texts`; for ``vllm`` the same from a checkpoint's folder, through a process of its own."""
+    if engine == "transformers":
+        return generate_texts
+    return functools.partial(continue_with_vllm, engine_args=settings.engine_args, python=settings.python, log=log)
 
 
 async def ask_transformers(teacher: Teacher, requests: Sequence[Request], log: Path) -> AsyncGenerator[Outcome, None]:

@@ -18,7 +18,7 @@ from motkit.errors import UserError
 from motkit.traces import SeedProblem, Trace, read_objects, read_problems, sample_problems
 
 if TYPE_CHECKING:
-    from motkit.recipe import Recipe
+    from motkit.recipe import ProblemSource, Recipe
 
 HUB = "hf://"
 _HUB_SOURCE = re.compile(r"^hf://(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?::(?P<split>[\w.\[\]%:-]+))?$")
@@ -90,12 +90,16 @@ def import_problems(source: str, columns: Mapping[str, str]) -> Iterator[SeedPro
 
 
 def seed_problems(recipe: "Recipe", imported: Path) -> tuple[dict[str, SeedProblem], dict[str, SeedProblem]]:
-    """(all problems of a recipe's source, those that its ``sample`` leaves), by id.
+    """(all problems of a recipe's source, those that its ``sample`` leaves), by id; see `source_problems`."""
+    return source_problems(recipe.problem_source, imported)
+
+
+def source_problems(source: "ProblemSource", imported: Path) -> tuple[dict[str, SeedProblem], dict[str, SeedProblem]]:
+    """(all problems of a source, those that its ``sample`` leaves), by id.
 
     Args:
         imported: where a run keeps what it fetched from the hub; read instead of the hub once it is there.
     """
-    source = recipe.problem_source
     hub = is_hub_source(source.path)
     if imported.is_file() if hub else not source.columns:
         known = read_problems(imported if hub else Path(source.path))

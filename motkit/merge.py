@@ -4,15 +4,19 @@ A merge config is mergekit YAML with two placeholders, ``$student`` (where the r
 entry becomes one per branch). ``merge_checkpoints`` runs it in five steps: resolve the config, read every input's
 headers, check them against one another, merge, check and publish the result.
 
-Plain ``mot`` merges are streamed from file to file (`stream_mot`): memory does not grow with the model, every byte is
-read once, and NaN is found on the way. Everything else goes through mergekit's ``run_merge`` (`_run_mergekit`). Both
-give the same bits for ``mot``.
+A LoRA adapter as a branch stands for base + scaling·B·A. Plain ``mot`` adds the averaged updates to the base in float64
+and rounds once; for every other method each such branch is written out first, in float32, and merged like any other.
+
+Plain merges with our own methods are streamed from file to file (`stream_merge`): memory does not grow with the model,
+and NaN is found on the way. Everything else goes through mergekit's ``run_merge`` (`_run_mergekit`). Both give the same
+bits for our methods.
 
 What mergekit leaves to chance is pinned here: the donor of config and tokenizer, stale class-level caches, the model
 card that asks the hub, output that is not atomic, unknown keys, tensors dropped silently, NaN.
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -23,16 +27,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from motkit.adapters import Adapter, combined, is_adapter, materialise, read_adapter
 from motkit.checkpoint import TOKENIZER_FILES, copy_tokenizer
 from motkit.errors import UserError
 from motkit.merge_config import (
+    adapter_reference,
     check_contract,
     check_merge_config,
     fetch,
+    is_own_method,
     load_merge_config,
     local_reference,
     map_models,
@@ -52,10 +59,21 @@ from motkit.merge_inputs import (
     tensor_layout,
     tokenizer_file,
 )
-from motkit.merge_stream import TORCH_NAMES, non_finite, stream_mot
+from motkit.merge_stream import non_finite, stream_merge
 from motkit.rundir import publish
+from motkit.spans import TORCH_NAMES
 
-__all__ = ["MergeReport", "check_merge_config", "load_merge_config", "merge_checkpoints", "resolve_merge_config"]
+if TYPE_CHECKING:
+    from motkit.merge_plan import MergePlan
+
+__all__ = [
+    "MergeReport",
+    "check_merge_config",
+    "load_merge_config",
+    "merge_checkpoints",
+    "merge_with_server_step",
+    "resolve_merge_config",
+]
 
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
@@ -97,7 +115,7 @@ def _run_mergekit(
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
-    import motkit.merge_methods  # noqa: F401  registers mot
+    import motkit.merge_methods  # noqa: F401  registers our methods
 
     def forget() -> None:
         # Both are keyed by path and outlive a merge: a checkpoint replaced at the same path would be merged as it was.
@@ -267,13 +285,13 @@ def _copy_donor_files(donor: Path, out: Path, inputs: Sequence[str], keep_tokeni
             shutil.copyfile(file, out / file.name)
 
 
-def _write_card(out: Path, name: str, config: dict[str, Any], donor: Path, inputs: Sequence[Checkpoint]) -> None:
+def _write_card(out: Path, name: str, config: dict[str, Any], donor: Path, inputs: Sequence[Path]) -> None:
     """``mergekit_config.yml``, and a README.md that says what was merged and how (without local paths)."""
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     (out / "mergekit_config.yml").write_text(text, encoding="utf-8")
     method, reference = config["merge_method"], method_spec(config["merge_method"]).reference_url
     source = f" ([source]({reference}))" if reference else ""
-    merged = "\n".join(f"- `{checkpoint.path.parent.name}/{checkpoint.path.name}`" for checkpoint in inputs)
+    merged = "\n".join(f"- `{path.parent.name}/{path.name}`" for path in inputs)
     card = f"""---
 library_name: transformers
 tags:
@@ -295,49 +313,127 @@ Config and tokenizer are those of `{donor.name}`. Merged were:
 
 
 @dataclass(frozen=True)
-class _MotSum:
-    """A ``mot`` merge as one sum for all tensors: Σ coefficient · input."""
+class _Streamed:
+    """A merge by one plan for all tensors. ``adapters``: what is added to the inputs, with its coefficient."""
 
+    plan: "MergePlan"
     inputs: list[Checkpoint]
-    coefficients: list[Fraction]
     out_dtype: str | None
+    adapters: list[tuple[Fraction, Adapter]]
 
 
-def _mot_sum(config: dict[str, Any], checkpoints: Mapping[str, Checkpoint]) -> _MotSum | None:
-    """What `stream_mot` needs; None for a merge that needs mergekit (another method, filters, gradients, slices, …).
+def _streamed(
+    config: dict[str, Any], checkpoints: Mapping[str, Checkpoint], adapters: Mapping[tuple[str, str], Adapter]
+) -> _Streamed | None:
+    """What `stream_merge` needs; None for a merge that needs mergekit (its methods, filters, gradients, slices, …).
 
     Raises:
-        UserError: weights that cannot be normalised, or a scale without a base.
+        UserError: parameters out of range, or a scale without a base.
     """
-    if config["merge_method"] != "mot" or "models" not in config:
+    from motkit.merge_methods import OWN_METHODS
+
+    method = OWN_METHODS.get(config["merge_method"])
+    if method is None or "models" not in config:
         return None
     if any(config.get(key) for key in ("tokenizer", "tokenizer_source", "chat_template")):
         return None
     shared, base = config.get("parameters") or {}, config.get("base_model")
     entries = [entry for entry in config["models"] if entry["model"] != base]
-    weights = [(entry.get("parameters") or {}).get("weight", shared.get("weight", 1.0)) for entry in entries]
-    scale = shared.get("scale", 1.0)
-    if any(isinstance(value, list | dict) or value is None for value in (*weights, scale)):
-        return None
-    if any(reference_parts(entry["model"])[1] for entry in entries):
+    adapted = any(reference_parts(entry["model"])[1] for entry in entries)
+    if adapted and config["merge_method"] != "mot":
         return None
 
-    from motkit.merge_methods import mot_coefficients, round_dtype
+    values: dict[str, Any] = {}
+    for parameter in method.spec.parameters:
+        default = None if parameter.required else parameter.default
+        common = shared.get(parameter.name, default)
+        if parameter in method.spec.input_parameters:
+            each = [(entry.get("parameters") or {}).get(parameter.name, common) for entry in entries]
+        else:
+            each = [common]
+        if any(isinstance(value, list | dict) for value in each):
+            return None
+        checked = [parameter.validate(value) for value in each]
+        values[parameter.name] = checked if parameter in method.spec.input_parameters else checked[0]
+
+    from motkit.merge_float import round_dtype
 
     out_dtype = config.get("out_dtype")
-    round_dtype(out_dtype)
-    coefficients, rest = mot_coefficients([float(weight) for weight in weights], float(scale))
-    inputs = [checkpoints[model_path(entry["model"])] for entry in entries]
-    if rest:
+    round_dtype(out_dtype, method.spec.name)
+    plan = method.plan(len(entries), values)
+    models = [entry["model"] for entry in entries]
+    if plan.uses_base:
         if base is None:
-            raise UserError(f"mot: parameter scale: {scale} needs a base; set base_model or give --base")
-        inputs, coefficients = [*inputs, checkpoints[model_path(base)]], [*coefficients, rest]
+            raise UserError(
+                f"{method.spec.name}: parameter scale: {values['scale']} needs a base; set base_model or give --base"
+            )
+        models.append(base)
+    inputs, terms = [checkpoints[model_path(model)] for model in models], []
+    if adapted:
+        from motkit.merge_mean import MeanPlan
+
+        assert isinstance(plan, MeanPlan)
+        # Adapters on one base count it once, with the sum of their coefficients: exactly 1 if there is nothing else.
+        shares: dict[str, Fraction] = {}
+        for model, coefficient in zip(models, plan.coefficients, strict=True):
+            shares[model_path(model)] = shares.get(model_path(model), Fraction(0)) + coefficient
+            if reference_parts(model)[1]:
+                terms.append((coefficient, adapters[_adapter_key(model)]))
+        plan, inputs = MeanPlan(list(shares.values())), [checkpoints[path] for path in shares]
     if any(checkpoint.names != inputs[0].names for checkpoint in inputs):
         return None  # experts fused in one input and not in another, which mergekit converts
     exact = {None: None, "bfloat16": {"BF16"}, "float16": {"F16"}}.get(config.get("dtype"), set())
     if exact is not None and any(r.is_float and r.dtype not in exact for c in inputs for r in c.tensors.values()):
         return None  # mergekit casts the inputs to a narrower dtype first
-    return _MotSum(inputs, coefficients, out_dtype)
+    return _Streamed(plan, inputs, out_dtype, terms)
+
+
+def _adapter_key(reference: Any) -> tuple[str, str]:
+    """(absolute path of the base, of the adapter)."""
+    return model_path(reference), os.path.abspath(str(reference_parts(reference)[1]))
+
+
+def _read_adapters(models: Sequence[Any], checkpoints: Mapping[str, Checkpoint]) -> dict[tuple[str, str], Adapter]:
+    """The adapters among the references, each read against its base."""
+    found, faults = {}, []
+    for key in dict.fromkeys(_adapter_key(model) for model in models if reference_parts(model)[1]):
+        try:
+            found[key] = read_adapter(Path(key[1]), checkpoints[key[0]])
+        except UserError as error:
+            faults.append(str(error))
+    if faults:
+        raise UserError(listed(faults))
+    return found
+
+
+def _write_out(
+    adapters: Mapping[tuple[str, str], Adapter], checkpoints: Mapping[str, Checkpoint], folder: Path, device: str
+) -> dict[tuple[str, str], Checkpoint]:
+    """Every adapter as a checkpoint of its own, base + update in float32."""
+    written = {}
+    for number, (key, adapter) in enumerate(adapters.items()):
+        out = folder / str(number)
+        out.mkdir(parents=True)
+        base = checkpoints[key[0]]
+        materialise(base, adapter, out, device=device)
+        _write_config(base.path, out, "float32")
+        copy_tokenizer(base.path, out)
+        written[key] = read_checkpoint(out)
+    return written
+
+
+def takes_adapters(config: Mapping[str, Any]) -> bool:
+    """Whether a merge config averages adapters without writing them out: plain ``mot`` over whole models."""
+    shared = config.get("parameters") or {}
+    settings = [shared, *((entry.get("parameters") or {}) for entry in config.get("models") or ())]
+    values = [value for setting in settings for value in setting.values()]
+    return (
+        config["merge_method"] == "mot"
+        and "models" in config
+        and not any(config.get(key) for key in ("tokenizer", "tokenizer_source", "chat_template"))
+        and str(config.get("dtype", "float32")).removeprefix("torch.") == "float32"
+        and not any(isinstance(value, list | dict) for value in values)
+    )
 
 
 def merge_checkpoints(
@@ -346,6 +442,7 @@ def merge_checkpoints(
     *,
     base: str | Path | None = None,
     branches: Sequence[str | Path] = (),
+    weights: Sequence[float] | None = None,
     out_dtype: str | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -357,8 +454,9 @@ def merge_checkpoints(
         config: see `load_merge_config`.
         out: the folder to make; it must not exist.
         base: value of ``$student``, and donor of config and tokenizer.
-        branches: values of ``$branches``.
-        out_dtype: dtype of the result: bfloat16, float16 or float32 (other methods than mot: also float64); None for
+        branches: values of ``$branches``: checkpoints, or folders of peft LoRA adapters trained on ``base``.
+        weights: one per branch, not negative; multiplies the weight that the config has for ``$branches``.
+        out_dtype: dtype of the result: bfloat16, float16 or float32 (mergekit's methods: also float64); None for
             the config's ``out_dtype``, else its ``dtype``, else the inputs' own.
         seed: for randomised methods (dare_ties, della): same seed, same bytes. The caller's random state is untouched.
         device: where the arithmetic runs, ``cpu`` or ``cuda``. ``mot`` gives the same bits on both.
@@ -377,7 +475,11 @@ def merge_checkpoints(
     loaded = load_merge_config(config)
     student = Path(base) if base is not None else None
     resolved = resolve_merge_config(
-        loaded, base=student, branches=[Path(branch) for branch in branches], out_dtype=out_dtype
+        loaded,
+        base=student,
+        branches=[_branch_reference(Path(branch), student) for branch in branches],
+        out_dtype=out_dtype,
+        weights=weights,
     )
     resolved = map_models(resolved, fetch)
     # The donor of config and tokenizer comes first, also where mergekit must not see a base.
@@ -394,23 +496,45 @@ def merge_checkpoints(
     checkpoints = _read_inputs(
         [str(donor), *(path for path in merged_paths if path != str(donor))], whole_models, not maps_tokens
     )
-    mot = _mot_sum(resolved, checkpoints)
-    inputs = mot.inputs if mot is not None else [checkpoints[path] for path in merged_paths]
+    adapters = _read_adapters(models, checkpoints)
+    streamed = _streamed(resolved, checkpoints, adapters)
+    inputs = streamed.inputs if streamed is not None else [checkpoints[path] for path in merged_paths]
+    plain = {model_path(model) for model in models if not reference_parts(model)[1]}
+    listed_paths = {model_path(m) for m in references({**resolved, "base_model": None}) if not reference_parts(m)[1]}
+    named = [c.path for c in inputs if not adapters or str(c.path) in listed_paths]
+    named += [adapter.path for adapter in adapters.values()]
     with publish(out) as partial:
-        if mot is not None:
-            bytes_read = stream_mot(mot.inputs, mot.coefficients, mot.out_dtype, partial, device=device, quiet=quiet)
+        if streamed is not None:
+            bytes_read = stream_merge(
+                streamed.plan,
+                streamed.inputs,
+                streamed.out_dtype,
+                partial,
+                method=resolved["merge_method"],
+                device=device,
+                quiet=quiet,
+                updates=combined(streamed.adapters),
+            ) + sum(adapter.num_bytes for _, adapter in streamed.adapters)
         else:
+            scratch, runnable = partial / ".adapters", resolved
+            if adapters:
+                whole = _write_out(adapters, checkpoints, scratch, device)
+                inputs = [*(c for c in inputs if str(c.path) in plain), *whole.values()]
+                written = {key: local_reference(checkpoint.path) for key, checkpoint in whole.items()}
+                runnable = map_models(resolved, lambda r: written[_adapter_key(r)] if reference_parts(r)[1] else r)
             faults, bytes_read = non_finite(inputs, quiet, "Checking inputs")
             if faults:
                 raise UserError(listed(faults))
             bytes_read += sum(checkpoint.num_bytes for checkpoint in inputs)
-            _run_mergekit(resolved, inputs, partial, seed, device, quiet)
+            _run_mergekit(runnable, inputs, partial, seed, device, quiet)
+            if adapters:
+                shutil.rmtree(scratch)
         _write_config(donor, partial, _result_dtype(resolved, partial))
         _copy_donor_files(donor, partial, list(checkpoints), maps_tokens or bool(resolved.get("chat_template")))
-        _write_card(partial, out.name, resolved, donor, inputs)
+        _write_card(partial, out.name, resolved, donor, named)
         merged = read_checkpoint(partial)
         faults = _lost_tensors(checkpoints[str(donor)], merged, whole_models, maps_tokens)
-        if not faults and mot is None:
+        if not faults and streamed is None:
             faults = [
                 f"merge_method {resolved['merge_method']}: the result is not finite: {line.split(': ')[1]}"
                 for line in non_finite([merged], quiet, "Checking result")[0]
@@ -420,7 +544,7 @@ def merge_checkpoints(
     return MergeReport(
         out=out,
         method=resolved["merge_method"],
-        num_inputs=len(inputs),
+        num_inputs=len(named),
         num_tensors=len(merged.tensors),
         parameters=sum(record.numel for record in merged.tensors.values()),
         bytes_read=bytes_read,
@@ -429,19 +553,75 @@ def merge_checkpoints(
     )
 
 
+def _branch_reference(branch: Path, student: Path | None) -> Any:
+    """A branch as a model reference; an adapter is one on the base.
+
+    Raises:
+        UserError: an adapter without a base.
+    """
+    if not is_adapter(branch):
+        return branch
+    if student is None:
+        raise UserError(f"{branch}: a LoRA adapter, not a model; give the model that it was trained on with --base DIR")
+    return adapter_reference(student, branch)
+
+
+def merge_with_server_step(
+    config: str | Path | Mapping[str, Any],
+    out: Path,
+    server_out: Path,
+    *,
+    base: Path,
+    branches: Sequence[Path],
+    velocity: Path | None,
+    server: Mapping[str, Any],
+    out_dtype: str,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    quiet: bool = False,
+) -> MergeReport:
+    """`merge_checkpoints`, then `motkit.merge_server.server_step` from ``base`` along the mean update.
+
+    Args:
+        server_out: a folder to make for the new velocity.
+        velocity: that of the round before; None in the first.
+        server: ``learning_rate``, ``momentum``, ``nesterov``.
+        out_dtype: of the weights after the step; the merge itself is in float32.
+    """
+    from motkit.merge_server import server_step
+
+    mean = out.with_name(out.name + ".mean")
+    report = merge_checkpoints(
+        config, mean, base=base, branches=branches, weights=weights, out_dtype="float32", seed=seed, quiet=quiet
+    )
+    started = time.perf_counter()
+    out.mkdir()
+    server_out.mkdir()
+    server_step(base, mean, velocity, out, server_out, out_dtype=out_dtype, quiet=quiet, **server)
+    _write_config(mean, out, out_dtype)
+    for file in mean.iterdir():
+        if file.is_file() and not (out / file.name).exists() and not file.name.startswith("model"):
+            shutil.copyfile(file, out / file.name)
+    shutil.rmtree(mean)
+    written = sum(path.stat().st_size for folder in (out, server_out) for path in folder.glob("*.safetensors"))
+    return dataclasses.replace(
+        report, out=out, bytes_written=written, seconds=report.seconds + time.perf_counter() - started
+    )
+
+
 def _check_roles(config: dict[str, Any], student: Path | None, branches: Sequence[Path]) -> None:
     """A base is not a branch: mergekit would quietly drop the one or the other.
 
     Raises:
-        UserError: the student is also given as a branch, or ``mot`` has a weight for its base.
+        UserError: the student is also given as a branch, or one of our methods has a weight for its base.
     """
     if student is not None and os.path.realpath(student) in map(os.path.realpath, branches):
         raise UserError(f"{student}: given as the base and as a branch; leave it out of the branches")
-    base = config.get("base_model")
-    for entry in config["models"] if config["merge_method"] == "mot" and base is not None else ():
+    base, method = config.get("base_model"), config["merge_method"]
+    for entry in config["models"] if is_own_method(method) and base is not None else ():
         if entry["model"] == base and "weight" in (entry.get("parameters") or {}):
             raise UserError(
-                f"{model_path(base)}: has a weight, but mot never averages its base as a branch; "
+                f"{model_path(base)}: has a weight, but {method} never averages its base as a branch; "
                 "leave base_model out to average it, or leave the weight out"
             )
 

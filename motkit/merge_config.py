@@ -9,12 +9,12 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import yaml
 
 from motkit.bundle import bundled_files
-from motkit.checkpoint import find_checkpoint
+from motkit.checkpoint import find_checkpoint, pruned_fault
 from motkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,9 +118,16 @@ def _nearest(name: object, known: Sequence[str]) -> str:
 def method_spec(method: str) -> "MergeMethodSpec":
     from mergekit import merge_methods
 
-    import motkit.merge_methods  # noqa: F401  registers mot
+    import motkit.merge_methods  # noqa: F401  registers our methods
 
     return merge_methods.get(method).spec
+
+
+def is_own_method(method: str) -> bool:
+    """Whether a merge method is one of ours."""
+    from motkit.merge_methods import OWN_METHODS
+
+    return method in OWN_METHODS
 
 
 def _config_faults(config: dict[str, Any]) -> list[str]:
@@ -229,6 +236,8 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
 
 
 def _type_name(value_type: Any) -> str:
+    if get_origin(value_type) is Literal:
+        return " or ".join(map(str, get_args(value_type)))
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
     return names.get(value_type, str(value_type))
 
@@ -300,7 +309,12 @@ def _path_reference(path: Path) -> Any:
 
 
 def resolve_merge_config(
-    config: dict[str, Any], *, base: Path | None, branches: Sequence[Path], out_dtype: str | None
+    config: dict[str, Any],
+    *,
+    base: Path | None,
+    branches: Sequence[Path | Mapping[str, Any]],
+    out_dtype: str | None,
+    weights: Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Put real models in the place of the placeholders, so that mergekit can run the result.
 
@@ -310,16 +324,18 @@ def resolve_merge_config(
         branches: an entry ``model: $branches`` becomes one entry per branch, its parameters copied as they are (a list
             stays a mergekit gradient over layers in each of them). ``base_model: $branches`` is the first branch.
         out_dtype: overrides the config's ``out_dtype``.
+        weights: one per branch, not negative; multiplies the weight that the config has for ``$branches``.
 
     Returns:
         A config without placeholders, local paths absolute. ``base_model`` is left out for a method that knows no base
-        (``linear``): mergekit would add the base as one more input. For ``mot`` with a known output dtype, ``round_to``
-        is set to it, so that the result is rounded once, and an upcast by ``dtype`` is dropped: the kernel is exact on
-        the checkpoints' own dtypes.
+        (``linear``): mergekit would add the base as one more input. For our methods with a known output dtype,
+        ``round_to`` is set to it, so that the result is rounded once, and an upcast by ``dtype`` is dropped: the
+        kernels take the checkpoints' own dtypes.
 
     Raises:
-        UserError: a placeholder without a value, or a value without a placeholder.
+        UserError: a placeholder without a value, a value without a placeholder, or weights that the config cannot take.
     """
+    own_weight = _branch_weight(config) if weights is not None else 1.0
     found = references(config)
     if STUDENT in found and base is None:
         raise UserError(f"merge config: {STUDENT} has no value; give the student with --base DIR")
@@ -340,7 +356,10 @@ def resolve_merge_config(
             result = []
             for item in node:
                 if isinstance(item, dict) and item.get("model") == BRANCHES:
-                    result += [_plain({**item, "model": reference}) for reference in branch_references]
+                    entries = [_plain({**item, "model": reference}) for reference in branch_references]
+                    for entry, weight in zip(entries, weights or [], strict=weights is not None):
+                        entry["parameters"] = {**(entry.get("parameters") or {}), "weight": own_weight * weight}
+                    result += entries
                 else:
                     result.append(expand(item))
             return result
@@ -364,12 +383,33 @@ def resolve_merge_config(
     elif ignores_base and resolved["base_model"] not in listed:
         del resolved["base_model"]
 
-    if resolved["merge_method"] == "mot":
-        _resolve_mot(resolved)
+    if is_own_method(resolved["merge_method"]):
+        _resolve_rounding(resolved)
     return resolved
 
 
-def _resolve_mot(config: dict[str, Any]) -> None:
+def _branch_weight(config: Mapping[str, Any]) -> float:
+    """The weight that a config gives every branch, so that weights of teachers can be put in.
+
+    Raises:
+        UserError: the merge method has no weights, or the config has a gradient or a filter there.
+    """
+    method = config["merge_method"]
+    if "weight" not in {parameter.name for parameter in method_spec(method).input_parameters}:
+        raise UserError(
+            f"weights: merge method {method!r} has no weight per branch; leave 'weights' out, or merge with mot"
+        )
+    entries = [e for e in config.get("models") or [] if isinstance(e, Mapping) and e.get("model") == BRANCHES]
+    if len(entries) != 1:
+        raise UserError(f"weights: the merge config needs one entry 'model: {BRANCHES}' in models to put them in")
+    shared = (config.get("parameters") or {}).get("weight", 1.0)
+    own = (entries[0].get("parameters") or {}).get("weight", shared)
+    if isinstance(own, bool) or not isinstance(own, int | float):
+        raise UserError("weights: the merge config has a gradient or a filter as weight; leave one of the two out")
+    return float(own)
+
+
+def _resolve_rounding(config: dict[str, Any]) -> None:
     parameters = dict(config.get("parameters") or {})
     target = config.get("out_dtype") or parameters.get("round_to") or config.get("dtype")
     if target is None:
@@ -389,10 +429,11 @@ def _resolve_mot(config: dict[str, Any]) -> None:
 def reference_parts(reference: Any) -> tuple[str, str | None]:
     """(model path or id, LoRA path or None) of a mergekit model reference."""
     if isinstance(reference, dict):
-        model = reference.get("model")
-        path = model.get("path") if isinstance(model, dict) else model
-        lora = reference.get("lora")
-        return str(path), str(lora) if lora else None
+        model, lora = (
+            part.get("path") if isinstance(part, dict) else part
+            for part in (reference.get("model"), reference.get("lora"))
+        )
+        return str(model), str(lora) if lora else None
     path, _, lora = str(reference).partition("+")
     return path, lora or None
 
@@ -402,9 +443,16 @@ def model_path(reference: Any) -> str:
     return os.path.abspath(reference_parts(reference)[0])
 
 
-def local_reference(path: Path) -> Any:
-    """A model reference for a path that a user gave; a hub id stays what it is."""
-    return _absolute(str(path), Path.cwd())
+def local_reference(path: Path | Mapping[str, Any]) -> Any:
+    """A model reference for a path that a user gave; a hub id, or what is a reference already, stays what it is."""
+    return _plain(path) if isinstance(path, Mapping) else _absolute(str(path), Path.cwd())
+
+
+def adapter_reference(base: Path, adapter: Path) -> dict[str, Any]:
+    """mergekit's reference to a LoRA adapter on its base (``base+adapter``), safe for every name of a folder."""
+    found = local_reference(base)
+    model = found["model"]["path"] if isinstance(found, dict) else found
+    return {"model": {"path": model}, "lora": {"path": os.path.abspath(adapter)}}
 
 
 def fetch(reference: Any) -> Any:
@@ -418,11 +466,13 @@ def fetch(reference: Any) -> Any:
         return reference
     name, _, revision = path.partition("@")
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", name):
+        if pruned_fault(Path(path)):
+            raise UserError(pruned_fault(Path(path)))
         raise UserError(f"{path}: no such checkpoint folder; give an existing path or a hub id such as Qwen/Qwen3-8B")
     if revision:
         raise UserError(f"{path}: a revision cannot be asked for here; download it and give the folder")
     local = find_checkpoint(name)
-    return f"{local}+{lora}" if lora else _path_reference(local)
+    return adapter_reference(local, Path(lora)) if lora else _path_reference(local)
 
 
 def check_contract(config: dict[str, Any]) -> None:
@@ -456,13 +506,17 @@ def check_contract(config: dict[str, Any]) -> None:
         raise UserError(f"merge_method {method}: {error} ({given} given)") from error
 
 
-def check_merge_config(config: dict[str, Any], num_branches: int) -> None:
+def check_merge_config(config: dict[str, Any], num_branches: int, weighted: bool = False) -> None:
     """Refuse a config that cannot merge a student's branches, before any branch is trained.
+
+    Args:
+        weighted: whether it must take a weight per branch.
 
     Raises:
         UserError: no ``$branches`` in it, or a number of inputs that the method does not take (slerp merges two).
     """
     names = [Path(f"/branch-{number}") for number in range(num_branches)]
-    resolved = resolve_merge_config(config, base=Path("/student"), branches=names, out_dtype=None)
+    weights = [1.0] * num_branches if weighted else None
+    resolved = resolve_merge_config(config, base=Path("/student"), branches=names, out_dtype=None, weights=weights)
     if "models" in resolved:
         check_contract(resolved)

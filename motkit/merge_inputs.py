@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from motkit.checkpoint import safetensors_header
+from motkit.checkpoint import pruned_fault, safetensors_header
 from motkit.errors import UserError
 from motkit.rundir import hash_file
 
@@ -123,10 +123,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
             single file side by side. All faults at once.
     """
     if not path.is_dir():
-        raise UserError(f"{path}: expected a checkpoint folder, got a file")
+        raise UserError(pruned_fault(path) or f"{path}: expected a checkpoint folder, got a file")
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            raise UserError(f"{path}: a LoRA adapter, not a model; merge it into its base model first")
+            raise UserError(
+                f"{path}: a LoRA adapter, not a model; write BASE+{path}, or give it with --branch and --base"
+            )
         raise UserError(f"{path}: no config.json; expected a checkpoint folder in Hugging Face format")
     config = read_json(path / "config.json")
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"

@@ -5,6 +5,7 @@ against the working folder, because a person typed them there. All faults of a r
 together in one `UserError`, a line each.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -129,6 +130,7 @@ PLACEMENT_ARGS = frozenset(
 )
 # Settings of a teacher of the same kind: a run goes on when they change.
 _PLACEMENT = re.compile(
+    r"keep_branches|evaluate\.python|"
     r"teachers\.\d+\.(base_url|api_key_env|concurrency|timeout_s|max_retries|batch_size|serve|python|"
     rf"max_response_bytes|price_per_million_tokens\..*|engine_args\.({'|'.join(sorted(PLACEMENT_ARGS))}))"
 )
@@ -266,6 +268,54 @@ class TraceFilter(_Section):
         return _without_fault(verifier, verifier_fault(verifier) if isinstance(verifier, str) else None)
 
 
+class Lora(_Section):
+    """A branch trains adapters on the frozen student: W + (alpha / r)·B·A per targeted module (arXiv 2106.09685).
+
+    Fields of peft's LoraConfig, without the prefix of ``lora_alpha`` and ``lora_dropout``. ``r`` and ``alpha`` default
+    as there; ``target_modules`` defaults to all linear layers but the output head, where peft asks or guesses.
+    """
+
+    r: int = Field(default=8, ge=1, description="rank")
+    alpha: int = Field(default=8, ge=1, description="the update is scaled by alpha / r")
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0, description="of what goes into A, while training")
+    target_modules: str | tuple[str, ...] = Field(
+        default="all-linear", min_length=1, description="'all-linear', a list of names, or a regular expression"
+    )
+    exclude_modules: str | tuple[str, ...] | None = None
+    layers_to_transform: int | tuple[int, ...] | None = None
+    use_rslora: bool = Field(default=False, description="scale by alpha / √r (arXiv 2312.03732)")
+
+
+# Further fields of LoraConfig, with why a branch does not have them.
+_UNSUPPORTED_LORA_FIELDS = {
+    **dict.fromkeys(
+        ["modules_to_save", "trainable_token_indices"],
+        "an adapter branch trains its adapters only; train the whole student without 'lora'",
+    ),
+    **dict.fromkeys(["bias", "lora_bias"], "biases stay frozen"),
+    **dict.fromkeys(
+        ["use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "kasa_config", "monteclora_config"],
+        "the merge averages updates of the form scaling·B·A, which this is not",
+    ),
+    **dict.fromkeys(
+        ["init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"],
+        "adapters begin at zero (peft's default): other beginnings change the frozen weights",
+    ),
+    **dict.fromkeys(["target_parameters"], "adapters on fused expert parameters cannot be merged here yet"),
+    **dict.fromkeys(["rank_pattern", "alpha_pattern"], "one rank and one alpha for every module"),
+    **dict.fromkeys(["task_type", "inference_mode", "base_model_name_or_path"], "motkit sets this field itself"),
+}
+
+
+class MergedAdapter(_Section):
+    """The merged update once more, as one adapter: truncated by singular values, which loses something.
+
+    ``r``: its rank; default: that of ``train.lora``. The exact update has up to K·r after one round.
+    """
+
+    r: int | None = Field(default=None, ge=1)
+
+
 class Precision(_Section):
     """Storage types of weights: between rounds, and of the published student."""
 
@@ -273,21 +323,50 @@ class Precision(_Section):
     publish: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
 
-class Evaluation(_Section):
-    """Held-out problems (accuracy) and held-out traces (mean loss), scored after every round."""
+# Settings under which scores of AIME are commonly given: avg@16; the paper's are not stated in full.
+_AIME: dict[str, Any] = {
+    "samples": 16,
+    "sampling": {"temperature": 0.6, "top_p": 0.95, "max_tokens": 32768},
+    "verifier": "math",
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "aime24": {**_AIME, "problems": "hf://HuggingFaceH4/aime_2024"},
+    "aime25": {**_AIME, "problems": "hf://math-ai/aime25:test"},
+}
 
-    problems: str | None = None
+
+class Evaluation(_Section):
+    """Held-out problems (accuracy) and held-out traces (mean loss), scored after every round.
+
+    A ``preset`` (`PRESETS`) gives what the recipe itself does not.
+    """
+
+    preset: str | None = None
+    problems: str | ProblemSource | None = None
     verifier: str | None = Field(default=None, description="default: the filter's, or 'math' if that is 'none'")
     traces: dict[str, str] = Field(default_factory=dict, description="name of a set of traces → JSONL")
     samples: int = Field(default=1, ge=1)
     sampling: Sampling = Sampling()
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, description="problems at a time (transformers)")
+    engine: Literal["auto", "transformers", "vllm"] = Field(
+        default="auto", description="auto: vllm where there are a GPU and vLLM, else transformers"
+    )
+    engine_args: dict[str, Any] = Field(default_factory=dict, description="vLLM's own: tensor_parallel_size, …")
+    python: str | None = Field(default=None, min_length=1, description="interpreter of vLLM's environment")
+    branches: bool = Field(default=True, description="score every branch, or the merges alone")
+    every_steps: int | None = Field(default=None, ge=1, description="score branches also in between: Figure 3")
 
     @model_validator(mode="before")
     @classmethod
-    def _one_set_of_traces(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("traces"), str):
-            return {**value, "traces": {"heldout": value["traces"]}}
+    def _filled_in(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        preset = value.get("preset")
+        if preset is not None and preset not in PRESETS:
+            raise ValueError(f"preset: unknown {preset!r}; known: {', '.join(PRESETS)}")
+        value = {**PRESETS.get(preset or "", {}), **value}
+        if isinstance(value.get("traces"), str):
+            value["traces"] = {"heldout": value["traces"]}
         return value
 
     @field_validator("verifier")
@@ -305,6 +384,27 @@ class Evaluation(_Section):
             raise ValueError("'traces' need 'problems': the problems that they answer")
         if self.samples > 1 and self.sampling.temperature == 0.0:
             raise ValueError("'samples' above 1 needs 'sampling.temperature' above 0 (greedy samples are all the same)")
+        if self.engine == "transformers" and (self.engine_args or self.python):
+            raise ValueError("'engine_args' and 'python' are vLLM's; remove them, or set 'engine: vllm'")
+        return self
+
+    @property
+    def problem_source(self) -> ProblemSource | None:
+        """``problems`` in the long form."""
+        return ProblemSource(path=self.problems) if isinstance(self.problems, str) else self.problems
+
+
+class Server(_Section):
+    """The outer optimizer, whose gradient is the mean update of a round (`motkit.merge_server`)."""
+
+    learning_rate: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
+    momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
+    nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> "Server":
+        if self.nesterov and not self.momentum:
+            raise ValueError("'nesterov' needs 'momentum' above 0")
         return self
 
 
@@ -319,7 +419,13 @@ class Recipe(_Section):
     rounds: int = Field(ge=1)
     train: dict[str, Any]
     merge: str | dict[str, Any] = "mot"
+    merged_adapter: MergedAdapter | None = Field(default=None, description="true, or {r: N}; goes with train.lora")
+    weights: str | dict[str, float] | None = Field(default=None, description="auto, or teacher → number ≥ 0")
+    server: Server | None = None
     precision: Precision = Precision()
+    keep_branches: Literal["all", "last", "none"] = Field(
+        default="all", description="whose branch checkpoints stay on the disk once their round is finished"
+    )
     evaluate: Evaluation | None = None
     seed: int = Field(default=42, ge=0, lt=2**31)
 
@@ -329,6 +435,52 @@ class Recipe(_Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"teachers: the name {', '.join(twice)} is used more than once")
+        return self
+
+    @field_validator("train")
+    @classmethod
+    def _full_lora(cls, train: dict[str, Any]) -> dict[str, Any]:
+        """``lora`` with its defaults written out, so that the record says what was trained."""
+        with contextlib.suppress(ValidationError):  # load_recipe reports its faults
+            if train.get("lora") is not None:
+                return {**train, "lora": Lora.model_validate(train["lora"]).model_dump(mode="json")}
+        return {key: value for key, value in train.items() if key != "lora" or value is not None}
+
+    @field_validator("merged_adapter", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: Any) -> Any:
+        return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _adapters_to_merge(self) -> "Recipe":
+        if self.merged_adapter is not None and "lora" not in self.train:
+            raise ValueError("merged_adapter: goes with 'train.lora': a merge of whole students is no low-rank update")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_of_teachers(self) -> "Recipe":
+        weights, names = self.weights, [teacher.name for teacher in self.teachers]
+        if weights is None:
+            return self
+        faults = []
+        if self.branches == "union":
+            faults.append("weights: 'branches: union' has one branch; leave 'weights' out")
+        if isinstance(weights, str):
+            if weights != "auto":
+                faults.append(f"weights: got {weights!r}, expected auto or a mapping of teachers to numbers")
+            elif self.evaluate is None or not self.evaluate.traces:
+                faults.append("weights: auto needs held-out traces; give 'evaluate.traces', or a number per teacher")
+        else:
+            faults += [f"weights.{name}: missing; give every teacher a number" for name in names if name not in weights]
+            for name, weight in weights.items():
+                if name not in names:
+                    faults.append(f"weights.{name}: no such teacher{_nearest(name, names)}")
+                elif not 0 <= weight < float("inf"):
+                    faults.append(f"weights.{name}: got {weight}, expected a number of at least 0")
+            if not sum(weights.values()) > 0:
+                faults.append("weights: all are 0; give at least one teacher a number above 0")
+        if faults:
+            raise ValueError("\n".join(faults))
         return self
 
     @field_validator("problems")
@@ -350,9 +502,27 @@ class Recipe(_Section):
         return own or (self.filter.verifier if self.filter.verifier != "none" else "math")
 
     @property
+    def lora(self) -> Lora | None:
+        """How branches train adapters; None if they train the whole student."""
+        return Lora.model_validate(self.train["lora"]) if "lora" in self.train else None
+
+    @property
     def branch_names(self) -> tuple[str, ...]:
         """Names of the branches of a round: one per teacher, or ``union``."""
         return tuple(teacher.name for teacher in self.teachers) if self.branches == "per_teacher" else ("union",)
+
+    @property
+    def kept_steps(self) -> tuple[int, ...]:
+        """Steps of a branch, before its last, whose weights are kept and scored (``evaluate.every_steps``)."""
+        every = self.evaluate.every_steps if self.evaluate else None
+        return tuple(range(every, self.train["max_steps"], every)) if every else ()
+
+    @property
+    def scored_names(self) -> tuple[str, ...]:
+        """What is scored in every round: ``NAME@STEP`` in between, branches, ``merged``."""
+        between = [f"{name}@{step}" for name in self.branch_names for step in self.kept_steps]
+        branches = self.branch_names if self.evaluate is None or self.evaluate.branches else ()
+        return (*between, *branches, "merged")
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
@@ -361,7 +531,8 @@ class Recipe(_Section):
     def differences(self, other: "Recipe") -> list[str]:
         """``field: theirs → ours`` for every field that differs from ``other``.
 
-        Where a teacher's endpoint is and how fast it is asked is no part of the experiment and is left out.
+        Where a teacher's endpoint is, how fast it is asked and which branches stay on the disk is no part of the
+        experiment and is left out.
         """
         ours, theirs = _flatten(self.model_dump(mode="json")), _flatten(other.model_dump(mode="json"))
         return [
@@ -434,6 +605,27 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return result
 
 
+def read_evaluation(values: Mapping[str, Any]) -> Evaluation:
+    """An ``evaluate`` section that comes from a command's options; paths resolve against the working folder.
+
+    Raises:
+        UserError: one line per fault.
+    """
+    nested = {"evaluate": dict(values)}
+    _resolve_paths(nested, Path.cwd())
+    try:
+        settings = Evaluation.model_validate(nested["evaluate"])
+    except ValidationError as error:
+        raise UserError("\n".join(line for fault in error.errors() for line in _describe(fault).split("\n"))) from None
+    files = [*settings.traces.values()]
+    if settings.problem_source and not is_hub_source(settings.problem_source.path):
+        files.append(settings.problem_source.path)
+    faults = [f"file not found: {_short(Path(file))}" for file in files if not Path(file).is_file()]
+    if faults:
+        raise UserError("\n".join(faults))
+    return settings
+
+
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
     """A YAML file whose top is a mapping, read safely: no tags that build objects, no key given twice.
 
@@ -465,7 +657,9 @@ def _train_faults(train: Mapping[str, Any]) -> list[str]:
     faults = []
     fields = sft_config_fields()
     for key, value in train.items():
-        if key in _RESERVED_TRAIN_FIELDS:
+        if key == "lora":
+            faults += _lora_faults(value)
+        elif key in _RESERVED_TRAIN_FIELDS:
             faults.append(f"train.{key}: motkit sets this field itself; remove it: {_RESERVED_TRAIN_FIELDS[key]}")
         elif key not in fields:
             faults.append(f"train.{key}: not a field of TRL's SFTConfig{_nearest(key, fields)}")
@@ -479,6 +673,33 @@ def _train_faults(train: Mapping[str, Any]) -> list[str]:
     elif isinstance(steps, int) and steps < 1:
         faults.append(f"train.max_steps: got {steps!r}, expected a whole number of at least 1")
     return faults
+
+
+def _lora_faults(lora: Any) -> list[str]:
+    if lora is None:
+        return []
+    if not isinstance(lora, dict):
+        return [f"train.lora: got {lora!r}, expected a mapping such as {{r: 8, alpha: 16}}"]
+    renamed = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
+    faults = [
+        f"train.lora.{key}: here it is called '{ours}'; rename it" for key, ours in renamed.items() if key in lora
+    ]
+    lora = {key: value for key, value in lora.items() if key not in renamed}
+    faults += [
+        f"train.lora.{key}: not supported: {_UNSUPPORTED_LORA_FIELDS[key]}; remove it"
+        for key in lora
+        if key in _UNSUPPORTED_LORA_FIELDS
+    ]
+    try:
+        Lora.model_validate({key: value for key, value in lora.items() if key not in _UNSUPPORTED_LORA_FIELDS})
+    except ValidationError as error:
+        for fault in error.errors():
+            key = str(fault["loc"][0])
+            if fault["type"] == "extra_forbidden":
+                faults.append(f"train.lora.{key}: unknown key{_nearest(key, Lora.model_fields)}")
+            else:
+                faults.append(f"train.lora.{key}: got {fault['input']!r}, {fault['msg'][0].lower()}{fault['msg'][1:]}")
+    return list(dict.fromkeys(faults))
 
 
 def _report_to_faults(targets: Any) -> list[str]:
@@ -514,7 +735,8 @@ def _fits(kind: Any, value: Any) -> bool:
 def _is_path_key(key: str) -> bool:
     return bool(
         re.fullmatch(
-            r"student|problems(\.path)?|merge|teachers\.\d+\.(traces|model|python)|evaluate\.(problems|traces(\..+)?)",
+            r"student|problems(\.path)?|merge|teachers\.\d+\.(traces|model|python)|"
+            r"evaluate\.(problems(\.path)?|python|traces(\..+)?)",
             key,
         )
     )
@@ -613,7 +835,9 @@ def _section_fields(location: Sequence[str | int]) -> list[str]:
 
 
 def _describe(fault: Any) -> str:
-    location = [part for part in fault["loc"] if part not in {"str", "dict[str,any]", "ProblemSource"}]
+    location = [
+        part for part in fault["loc"] if part not in {"str", "dict[str,any]", "dict[str,float]", "ProblemSource"}
+    ]
     where = ".".join(f"[{part}]" if isinstance(part, int) else str(part) for part in location).replace(".[", "[")
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(str(location[-1]), _section_fields(location[:-1]))}"

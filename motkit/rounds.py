@@ -18,24 +18,36 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from motkit import (
+    adapters,
+    evaluate,
+    generate,
+    importing,
+    merge,
+    merge_agreement,
+    merge_weights,
+    publish,
+    rundir,
+    train,
+)
 from motkit import checkpoint as checkpoints
-from motkit import evaluate, generate, importing, merge, publish, rundir, train
 from motkit.errors import UserError
 from motkit.filter import LOSSES, PreparedTraces, filter_traces
+from motkit.meter import Meter
 from motkit.recipe import Recipe, Teacher, missing_data_remedy
-from motkit.render import RenderedTrace, Renderer, UnfitTrace
+from motkit.render import RenderedTrace, Renderer
 from motkit.rundir import RunDir
+from motkit.scoring import Scorer
 from motkit.summary import load_recorded_recipe, scores_markdown, summarise
 from motkit.traces import (
     SeedProblem,
     Trace,
-    read_problems,
     read_traces,
     stream_traces,
     to_jsonl,
     write_jsonl,
 )
-from motkit.verify import Answer, Verdict, Verifier
+from motkit.verify import Verifier
 
 if TYPE_CHECKING:
     import pandas
@@ -51,6 +63,7 @@ _PACKAGES = (
     "datasets",
     "math-verify",
     "tokenizers",
+    "peft",
     "numpy",
     "pandas",
     "pydantic",
@@ -65,6 +78,7 @@ def run_rounds(
     run: str | Path,
     *,
     rounds: int | None = None,
+    share_with: Sequence[str | Path] = (),
     progress: bool = True,
     say: Say | None = None,
 ) -> "pandas.DataFrame":
@@ -83,7 +97,9 @@ def run_rounds(
     Args:
         recipe: from `motkit.load_recipe`.
         run: the run's folder; made if it does not exist.
-        rounds: how many unfinished rounds to do; None for all.
+        rounds: how many unfinished rounds to do; None for all, 0 for the steps before the first.
+        share_with: folders of other runs: a branch or a score that one of them made from the same inputs is linked
+            from there instead of being made again; its costs count as this run's.
         progress: progress bars on stderr.
         say: receives a line per stage; default: printed to stderr.
 
@@ -100,18 +116,18 @@ def run_rounds(
         rundir.storage_errors(folder.root),
         contextlib.ExitStack() as stack,
     ):
-        now = _Run(folder, recipe, say, progress)
+        now = _Run(folder, recipe, say, progress, shared=[RunDir(Path(other).resolve()) for other in share_with])
         stack.callback(now.close)
         now.open()
         rows = now.prepare_traces()
         student = now.student
         now.evaluate(0, {"base": student})
-        unfinished = [number for number in range(1, recipe.rounds + 1) if not now.is_finished(number)]
-        last = recipe.rounds if rounds is None or not unfinished else unfinished[: max(rounds, 1)][-1]
+        last = now.last_round(rounds)
         for number in range(1, last + 1):
             branches = {name: now.train_branch(number, name, student, rows[name]) for name in recipe.branch_names}
             merged = now.merge(number, student, branches)
-            now.evaluate(number, {**branches, "merged": merged})
+            now.evaluate(number, {**now.between(number), **branches, "merged": merged})
+            now.prune(number, merged)
             student = merged
         if last == recipe.rounds:
             now.publish(last, student)
@@ -124,11 +140,12 @@ class Model:
 
     path: Path
     digest: str
+    adapter: Path | None = None  # of a branch that trained one
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage would do: ``run``, ``resume`` or ``skip``."""
+    """What a stage would do: ``run``, ``resume``, ``skip`` or ``prune``, which frees disk: negative bytes."""
 
     stage: str
     action: str
@@ -169,6 +186,9 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
     finally:
         now.close()
     steps, size = recipe.train["max_steps"], now.parameters * 4
+    merged_bytes = now.parameters * _BYTES[recipe.precision.carry]
+    if recipe.merged_adapter is not None and recipe.lora is not None:
+        merged_bytes += now.adapter_parameters * 4 * (recipe.merged_adapter.r or recipe.lora.r) // recipe.lora.r
     plan = [
         StagePlan(
             "traces",
@@ -179,19 +199,18 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
     ]
 
     def evaluation(number: int, names: Sequence[str]) -> None:
-        if recipe.evaluate:
+        if now.scorer:
             scored = rundir.read_json(folder.evaluation(number))
             plan.append(
                 StagePlan(
                     folder.relative(folder.evaluation(number)),
                     "skip" if all(name in scored for name in names) else "run",
-                    rows=len(now.evaluation_problems) * len(names),
+                    rows=len(now.scorer.problems) * len(names),
                 )
             )
 
     evaluation(0, ["base"])
-    unfinished = [number for number in range(1, recipe.rounds + 1) if not now.is_finished(number)]
-    last = recipe.rounds if rounds is None or not unfinished else unfinished[: max(rounds, 1)][-1]
+    last = now.last_round(rounds)
     for number in range(1, last + 1):
         for name in recipe.branch_names:
             teachers = [name] if recipe.branches == "per_teacher" else list(report)
@@ -209,17 +228,27 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
                     rows=kept,
                     steps=steps,
                     tokens=round(steps * batch * tokens / kept),
-                    disk_bytes=size,
+                    disk_bytes=size * (1 + len(recipe.kept_steps)) + now.adapter_parameters * 4,
                 )
             )
         plan.append(
             StagePlan(
                 folder.relative(folder.merged(number)),
                 "skip" if rundir.read_done(folder.merged(number)) else "run",
-                disk_bytes=now.parameters * _BYTES[recipe.precision.carry],
+                disk_bytes=merged_bytes,
             )
         )
-        evaluation(number, [*recipe.branch_names, "merged"])
+        evaluation(number, recipe.scored_names)
+        if _is_pruned(recipe, number):
+            records = [rundir.read_done(folder.branch(number, name)) for name in recipe.branch_names]
+            whole = sum(not (record and record.get("pruned")) for record in records)
+            plan.append(
+                StagePlan(
+                    f"{folder.relative(folder.round(number))}/branches/*/checkpoint",
+                    "prune" if whole else "skip",
+                    disk_bytes=-now.parameters * 4 * (1 + len(recipe.kept_steps)) * whole or None,
+                )
+            )
     if last == recipe.rounds:
         plan.append(
             StagePlan(
@@ -241,8 +270,8 @@ class _Run:
     progress: bool
     problems: dict[str, SeedProblem] = field(default_factory=dict)
     all_problems: dict[str, SeedProblem] = field(default_factory=dict)  # also those that 'sample' leaves out
-    evaluation_problems: dict[str, SeedProblem] = field(default_factory=dict)
-    heldout: dict[str, list[RenderedTrace]] = field(default_factory=dict)
+    scorer: Scorer | None = None
+    shared: list[RunDir] = field(default_factory=list)
     made_here: set[Path] = field(default_factory=set)
     verifiers: dict[str, Verifier] = field(default_factory=dict)
 
@@ -253,23 +282,26 @@ class _Run:
         remedy = missing_data_remedy(self.folder.recipe)
         self.student_path = checkpoints.find_checkpoint(self.recipe.student, remedy)
         self.parameters = checkpoints.count_parameters(self.student_path)
+        lora = self.recipe.lora
+        self.adapter_parameters = train.count_adapter_parameters(self.student_path, lora) if lora else 0
         self.merge_config = merge.load_merge_config(self.recipe.merge)
-        merge.check_merge_config(self.merge_config, num_branches=len(self.recipe.branch_names))
+        merge.check_merge_config(
+            self.merge_config, num_branches=len(self.recipe.branch_names), weighted=self.recipe.weights is not None
+        )
         self.recipe = self.recipe.model_copy(update={"merge": self.merge_config})
         self.all_problems, self.problems = importing.seed_problems(self.recipe, self.folder.source("problems"))
         self.tokenizer = checkpoints.load_tokenizer(self.student_path)
         ends = checkpoints.end_token_ids(self.student_path, self.tokenizer)
         self.renderer = Renderer(self.tokenizer, ends)
-        if self.recipe.evaluate and self.recipe.evaluate.problems:
-            self.evaluation_problems = read_problems(Path(self.recipe.evaluate.problems))
-            for name, file in self.recipe.evaluate.traces.items():
-                self.heldout[name] = []
-                for trace in read_traces(Path(file), self.evaluation_problems):
-                    try:
-                        row = self.renderer.render(self.evaluation_problems[trace.problem_id], trace)
-                    except UnfitTrace as reason:
-                        raise UserError(f"{file}: trace {trace.label}: {reason}; remove or correct it") from reason
-                    self.heldout[name].append(row)
+        if self.recipe.evaluate:
+            self.scorer = Scorer(
+                self.recipe.evaluate,
+                verifier=self.recipe.evaluation_verifier,
+                seed=self.recipe.seed,
+                renderer=self.renderer,
+                imported=self.folder.source("evaluate.problems"),
+                verifiers=self.verifier,
+            )
 
     def compare_recipe(self) -> None:
         """Refuse a recipe other than the one that the run began with."""
@@ -296,13 +328,10 @@ class _Run:
         files = {"problems": self._source_file("problems", self.recipe.problem_source.path)}
         for teacher in self.recipe.teachers:
             files[f"teachers.{teacher.name}.traces"] = self._traces_file(teacher)
-        if self.recipe.evaluate:
-            files |= {f"evaluate.traces.{name}": Path(file) for name, file in self.recipe.evaluate.traces.items()}
-            if self.recipe.evaluate.problems:
-                files["evaluate.problems"] = Path(self.recipe.evaluate.problems)
-        for path in sorted(self.student_path.rglob("*")):
-            if path.is_file() and path.name not in {"README.md", ".gitattributes"}:
-                files[f"student/{path.relative_to(self.student_path).as_posix()}"] = path
+        if self.scorer:
+            files |= self.scorer.files()
+        for path in checkpoints.content_files(self.student_path):
+            files[f"student/{path.relative_to(self.student_path).as_posix()}"] = path
         recorded = rundir.read_json(self.folder.inputs)
         self.input_hashes = {key: _hash_if_changed(path, recorded.get(key)) for key, path in files.items()}
         if recorded:
@@ -426,12 +455,13 @@ class _Run:
             }
             prepared = PreparedTraces(kept, rendered, self.prepared_before())
         else:
-            prepared = self.filtered()
+            with Meter() as meter:
+                prepared = self.filtered()
             with rundir.publish(folder) as partial:
                 for name, traces in prepared.kept.items():
                     rundir.write_text(partial / f"{name}.jsonl", to_jsonl(traces))
                 rundir.write_json(partial / "report.json", prepared.report)
-                rundir.write_done(partial, inputs)
+                rundir.write_done(partial, inputs, cost=meter.cost)
         for name, counts in prepared.report.items():
             lost = ", ".join(f"{counts[key]} {key.replace('_', '-')}" for key in LOSSES if counts[key])
             self.say(
@@ -454,10 +484,14 @@ class _Run:
             "train": self.recipe.train,
             "seed": seed,
         }
-        record = self._done(folder, inputs)
+        if self.recipe.kept_steps:
+            inputs["kept_steps"] = list(self.recipe.kept_steps)
+        record = self._done(folder, inputs) or self._share(folder, inputs)
         if record is None:
-            checkpoint_bytes = self.parameters * 4
-            rundir.require_space(folder, checkpoint_bytes * 4, f"training branch {name}")
+            # The branch, and two of the trainer's checkpoints with their optimizer; those of adapters are small.
+            trained = self.adapter_parameters or self.parameters
+            kept = self.parameters * len(self.recipe.kept_steps)
+            rundir.require_space(folder, (self.parameters + 3 * trained + kept) * 4, f"training branch {name}")
             self._verify(student)
             fingerprint = rundir.digest(inputs)
             if work.exists() and _read_text(work / "inputs.sha256") != fingerprint:
@@ -465,7 +499,7 @@ class _Run:
             rundir.write_text(work / "inputs.sha256", fingerprint)
             resumable = train.resumable_step(work)
             self._say_stage(folder, f"resumes at step {resumable}" if resumable else "runs")
-            with rundir.publish(folder) as partial:
+            with rundir.publish(folder) as partial, Meter() as meter:
                 report = train.train_branch(
                     student=student.path,
                     traces=rows,
@@ -474,86 +508,242 @@ class _Run:
                     metrics=work / "metrics.jsonl",
                     settings=self.recipe.train,
                     seed=seed,
+                    keep_steps=self.recipe.kept_steps,
                     name=f"{self.folder.root.name}/{self.folder.relative(folder)}",
                     parameters=self.parameters,
                     reports=self.folder.logs / "tensorboard" / f"round_{number:02d}" / name,
+                    adapter_out=partial / "adapter" if self.recipe.lora else None,
+                    base_name=self._base_name(student),
                     progress=self.progress,
                 )
                 shutil.copyfile(work / "metrics.jsonl", partial / "metrics.jsonl")
-                cost = {**asdict(report), "seconds": report.train_seconds}
+                if self.recipe.kept_steps:
+                    rundir.link_tree(work / "steps", partial / "steps")
+                meter.stop()
+                memory = meter.peak_memory_bytes
+                cost = {**asdict(report), "seconds": report.train_seconds, "peak_memory_bytes": memory}
                 record = rundir.write_done(partial, inputs, cost=cost)
             self.made_here.add(folder / "checkpoint")
         if work.exists():
             shutil.rmtree(work)
-        return Model(folder / "checkpoint", rundir.checkpoint_digest(record))
+        adapter = folder / "adapter" if self.recipe.lora else None
+        return Model(folder / "checkpoint", rundir.checkpoint_digest(record), adapter)
+
+    def _base_name(self, student: Model) -> str:
+        """What an adapter's config names as its base: the same wherever the run's folder is."""
+        return self.recipe.student if student.path == self.student_path else self.folder.relative(student.path)
+
+    def between(self, number: int) -> dict[str, Model]:
+        """The branches of a round as they were in between, as ``NAME@STEP``."""
+        models = {}
+        for name in self.recipe.branch_names:
+            folder = self.folder.branch(number, name)
+            record = rundir.read_done(folder)
+            assert record is not None
+            for step in self.recipe.kept_steps:
+                path = self.folder.branch_step(number, name, step)
+                digest = rundir.checkpoint_digest(record, path.relative_to(folder).as_posix())
+                models[f"{name}@{step}"] = Model(path, digest)
+        return models
 
     def merge(self, number: int, student: Model, branches: Mapping[str, Model]) -> Model:
-        """Stage ``round_NN/merged``."""
+        """Stage ``round_NN/merged``: the merge, with what it says of the branches' agreement."""
         folder = self.folder.merged(number)
-        carry = self.recipe.precision.carry
-        inputs = {
+        carry, server = self.recipe.precision.carry, self.recipe.server
+        inputs: dict[str, Any] = {
             "student": student.digest,
             "branches": {name: branch.digest for name, branch in branches.items()},
             "config": self.merge_config,
             "out_dtype": carry,
             "seed": self.recipe.seed + number,
         }
+        if self.recipe.merged_adapter is not None:
+            inputs["merged_adapter"] = self.recipe.merged_adapter.model_dump()
+        if self.recipe.weights is not None:
+            heldout = {k: e["sha256"] for k, e in self.input_hashes.items() if k.startswith("evaluate")}
+            inputs["weights"] = [self.recipe.weights, heldout] if self.recipe.weights == "auto" else self.recipe.weights
+        velocity = self.folder.merged(number - 1) / "server" if server is not None and number > 1 else None
+        if server is not None:
+            before = rundir.read_done(velocity.parent) if velocity is not None else None
+            state = {
+                n: e["sha256"] for n, e in (before or {"outputs": {}})["outputs"].items() if n.startswith("server/")
+            }
+            inputs["server"] = {**server.model_dump(), "velocity": rundir.digest(state) if velocity else None}
         record = self._done(folder, inputs)
         if record is None:
-            rundir.require_space(folder, self.parameters * _BYTES[carry], "the merge")
+            kept = 3 if server is not None else 1  # the mean, the velocity, the checkpoint
+            rundir.require_space(folder, self.parameters * (_BYTES[carry] + 4 * (kept - 1)), "the merge")
+            self._require_unpruned(list(branches.values()), self.folder.relative(folder))
             for model in (student, *branches.values()):
                 self._verify(model)
             self._say_stage(folder, "runs")
-            with rundir.publish(folder) as partial:
-                report = merge.merge_checkpoints(
-                    self.merge_config,
-                    partial / "checkpoint",
-                    base=student.path,
-                    branches=[branch.path for branch in branches.values()],
-                    out_dtype=carry,
-                    seed=self.recipe.seed + number,
-                    quiet=not self.progress,
-                )
-                shutil.copyfile(partial / "checkpoint" / "mergekit_config.yml", partial / "merge.yaml")
-                cost = {
-                    "seconds": report.seconds,
-                    "bytes_read": report.bytes_read,
-                    "bytes_written": report.bytes_written,
+            ordered, averages = list(branches.values()), merge.takes_adapters(self.merge_config)
+            with rundir.publish(folder) as partial, Meter() as meter:
+                weights = self._branch_weights(branches, partial)
+                settings: dict[str, Any] = {
+                    "base": student.path,
+                    "branches": [b.adapter if averages and b.adapter else b.path for b in ordered],
+                    "weights": weights,
+                    "out_dtype": carry,
+                    "seed": self.recipe.seed + number,
+                    "quiet": not self.progress,
                 }
+                if server is None:
+                    report = merge.merge_checkpoints(self.merge_config, partial / "checkpoint", **settings)
+                else:
+                    report = merge.merge_with_server_step(
+                        self.merge_config,
+                        partial / "checkpoint",
+                        partial / "server",
+                        velocity=velocity,
+                        server=server.model_dump(),
+                        **settings,
+                    )
+                self._write_agreement(student, branches, partial)
+                shutil.copyfile(partial / "checkpoint" / "mergekit_config.yml", partial / "merge.yaml")
+                if self.recipe.merged_adapter is not None:
+                    self._extract_adapter(partial, ordered)
+                meter.stop()
+                cost = {**meter.cost, "bytes_read": report.bytes_read, "bytes_written": report.bytes_written}
                 record = rundir.write_done(partial, inputs, cost=cost)
             self.made_here.add(folder / "checkpoint")
         return Model(folder / "checkpoint", rundir.checkpoint_digest(record))
 
+    def _extract_adapter(self, merged: Path, branches: Sequence[Model]) -> None:
+        """``adapter/`` and ``adapter_error.json`` of a merge: its update since the run's own student."""
+        settings, lora = self.recipe.merged_adapter, self.recipe.lora
+        assert settings is not None
+        assert lora is not None
+        error = adapters.extract_adapter(
+            self.student_path,
+            merged / "checkpoint",
+            merged / "adapter",
+            tensors=adapters.adapted_tensors([branch.adapter for branch in branches if branch.adapter]),
+            rank=settings.r or lora.r,
+            base_name=self.recipe.student,
+            seed=self.recipe.seed,
+        )
+        rundir.write_json(merged / "adapter_error.json", error)
+        self.say(f"merged adapter: rank {error['rank']}, relative error {error['relative_error']:.3g}")
+
+    def _branch_weights(self, branches: Mapping[str, Model], partial: Path) -> list[float] | None:
+        """The recipe's weights, or those that a search finds; recorded in ``weights.json``."""
+        chosen = self.recipe.weights
+        if chosen is None:
+            return None
+        found: dict[str, Any] = {}
+        if isinstance(chosen, str):
+            assert self.scorer is not None
+            traces = weights_subset(self.scorer.heldout)
+            mean = merge_weights.MeanInMemory([branch.path for branch in branches.values()])
+            search = merge_weights.search_weights(
+                lambda weights: evaluate.heldout_loss(mean.set_weights(weights), traces)[0], len(branches)
+            )
+            chosen = dict(zip(branches, search.weights, strict=True))
+            found = {key: value for key, value in asdict(search).items() if key != "weights"} | {"traces": len(traces)}
+            listed = ", ".join(f"{name} {weight:.3f}" for name, weight in chosen.items())
+            self.say(
+                f"weights: {listed} (held-out loss {search.loss:.4f}; uniform {search.uniform_loss:.4f}; "
+                f"{search.evaluations} evaluations)"
+            )
+        rundir.write_json(partial / "weights.json", {"weights": chosen, **found})
+        return [chosen[name] for name in branches]
+
+    def _write_agreement(self, student: Model, branches: Mapping[str, Model], partial: Path) -> None:
+        """``agreement.csv``; a merge that changes the model's shape has none."""
+        paths = {name: branch.path for name, branch in branches.items()}
+        try:
+            rows = merge_agreement.measure_agreement(
+                student.path, paths, partial / "checkpoint", quiet=not self.progress
+            )
+        except UserError as reason:
+            self.say(f"agreement of the branches: not measured: {str(reason).splitlines()[0]}")
+            return
+        rundir.write_text(partial / "agreement.csv", merge_agreement.agreement_csv(rows))
+
     def evaluate(self, number: int, models: Mapping[str, Model]) -> None:
         """``round_NN/evaluation.json``: one entry per checkpoint, each written when it is known."""
-        settings = self.recipe.evaluate
-        if settings is None:
+        scorer = self.scorer
+        if scorer is None:
             return
         file = self.folder.evaluation(number)
         entries = rundir.read_json(file)
-        for name, model in models.items():
-            inputs = self._evaluation_inputs(model)
-            if entries.get(name, {}).get("inputs") == inputs:
+        hashes = {key: entry["sha256"] for key, entry in self.input_hashes.items() if key.startswith("evaluate")}
+        for name in ("base", *self.recipe.scored_names):
+            if name not in models:
                 continue
-            self._verify(model)
-            self._say_stage(file, f"scores {name}")
-            scores = evaluate.evaluate_checkpoint(
-                model.path,
-                settings=settings,
-                problems=self.evaluation_problems,
-                heldout=self.heldout,
-                generate=generate.generate_texts,
-                verify=self._judge_student,
-                seed=self.recipe.seed,
-                name=f"round {number} {name}",
-                progress=self.progress,
-            )
-            entries[name] = {"inputs": inputs, "scores": scores}
+            model, results = models[name], self.folder.results(number, name)
+            inputs = scorer.inputs(model.digest, hashes)
+            if entries.get(name, {}).get("inputs") == inputs and (results.is_file() or not scorer.problems):
+                continue
+            entry = self._shared_score(inputs, results)
+            if entry is None:
+                self._require_unpruned([model], self.folder.relative(file))
+                self._verify(model)
+                self._say_stage(file, f"scores {name}")
+                entry = scorer.score(
+                    model.path,
+                    identity=model.digest,
+                    name=f"round {number} {name}",
+                    results=results,
+                    log=self.folder.logs / "evaluate.log",
+                    progress=self.progress,
+                )
+            entries[name] = {"inputs": inputs, **entry}
             rundir.write_json(file, entries)
 
-    def _judge_student(self, pairs: Sequence[tuple[SeedProblem, str]]) -> list[Verdict]:
-        verifier = self.verifier(self.recipe.evaluation_verifier)
-        return verifier.many(Answer(problem, response) for problem, response in pairs)
+    # What other runs have made
+
+    def _share(self, folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Link a branch from a run that made it from the same inputs; its record, or None if there is no such."""
+        for other in self.shared:
+            for stage in sorted(other.root.glob("round_*/branches/*/done.json")):
+                record = rundir.read_done(stage.parent)
+                if record is None or record.get("pruned") or record["inputs"] != json.loads(json.dumps(inputs)):
+                    continue
+                if rundir.damage(stage.parent, record, hashes=False) is not None:
+                    continue
+                with rundir.publish(folder) as partial:
+                    rundir.link_tree(stage.parent, partial)
+                self._say_stage(folder, f"is {other.root.name}'s {other.relative(stage.parent)}")
+                return record
+        return None
+
+    def _shared_score(self, inputs: Mapping[str, Any], results: Path) -> dict[str, Any] | None:
+        """The entry of a run that scored the same checkpoint in the same way, its answers linked; None if there is
+        none."""
+        for other in self.shared:
+            for file in sorted(other.root.glob("round_*/evaluation.json")):
+                for name, entry in rundir.read_json(file).items():
+                    answers = other.results(int(file.parent.name.rpartition("_")[2]), name)
+                    if entry.get("inputs") != inputs or not (answers.is_file() or "accuracy" not in entry["scores"]):
+                        continue
+                    if answers.is_file():
+                        with rundir.storage_errors(results):
+                            results.parent.mkdir(parents=True, exist_ok=True)
+                            results.unlink(missing_ok=True)
+                            rundir.link_file(answers, results)
+                    return dict(entry)
+        return None
+
+    def prune(self, number: int, merged: Model) -> None:
+        """After a round is merged and scored: delete the branch checkpoints that ``keep_branches`` does not keep."""
+        if not _is_pruned(self.recipe, number):
+            return
+        stages = [self.folder.branch(number, name) for name in self.recipe.branch_names]
+        if any((stage / "checkpoint").exists() for stage in stages):
+            self._verify(merged)  # what is left of them must be sound
+        for stage in stages:
+            if rundir.prune_checkpoint(stage):
+                self._say_stage(stage, f"checkpoint pruned (keep_branches: {self.recipe.keep_branches})")
+
+    def _require_unpruned(self, models: Sequence[Model], what: str) -> None:
+        pruned = [str(_stage_of(model)) for model in models if (rundir.read_done(_stage_of(model)) or {}).get("pruned")]
+        if pruned:
+            raise UserError(
+                f"{what}: must be made again, but its branches' checkpoints were pruned (keep_branches); delete "
+                f"{' '.join(pruned)} and run the same command: they are trained again, to the same bytes"
+            )
 
     def publish(self, number: int, student: Model) -> None:
         """Stage ``round_NN/published``: the student in ``precision.publish`` with its card; ``final`` points to it."""
@@ -563,7 +753,7 @@ class _Run:
             rundir.require_space(folder, self.parameters * _BYTES[inputs["dtype"]], "the published student")
             self._verify(student)
             self._say_stage(folder, "runs")
-            with rundir.publish(folder) as partial:
+            with rundir.publish(folder) as partial, Meter() as meter:
                 publish.cast_checkpoint(student.path, partial / "checkpoint", inputs["dtype"])
                 card = publish.model_card(
                     name=self.folder.root.name,
@@ -577,7 +767,8 @@ class _Run:
                     versions=rundir.read_json(self.folder.environment)["versions"],
                 )
                 rundir.write_text(partial / "checkpoint" / "README.md", card)
-                rundir.write_done(partial, inputs)
+                meter.stop()
+                rundir.write_done(partial, inputs, cost=meter.cost)
         self.folder.link_final(folder / "checkpoint")
 
     def summarise(self) -> "pandas.DataFrame":
@@ -595,7 +786,14 @@ class _Run:
         if self.recipe.evaluate is None:
             return True
         scored = rundir.read_json(self.folder.evaluation(number))
-        return all(name in scored for name in (*self.recipe.branch_names, "merged"))
+        return all(name in scored for name in self.recipe.scored_names)
+
+    def last_round(self, rounds: int | None) -> int:
+        """Number of the last round to do when ``rounds`` unfinished ones are asked for."""
+        if rounds == 0:
+            return 0
+        unfinished = [number for number in range(1, self.recipe.rounds + 1) if not self.is_finished(number)]
+        return self.recipe.rounds if rounds is None or not unfinished else unfinished[:rounds][-1]
 
     def _done(self, folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
         """The stage's record if it is done from these inputs and its files are there; damaged, it is set aside."""
@@ -623,7 +821,7 @@ class _Run:
         """Before a checkpoint is read: compare the bytes of what an earlier process made with its record."""
         if model.path in self.made_here or model.path == self.student_path:
             return
-        stage = model.path.parent
+        stage = _stage_of(model)
         record = rundir.read_done(stage)
         wrong = "its record is gone" if record is None else rundir.damage(stage, record, hashes=True)
         if wrong:
@@ -631,15 +829,23 @@ class _Run:
             raise UserError(f"{stage}: damaged: {wrong}; moved to {aside.name}: run the same command again to redo it")
         self.made_here.add(model.path)
 
-    def _evaluation_inputs(self, model: Model) -> dict[str, Any]:
-        assert self.recipe.evaluate is not None
-        settings = self.recipe.evaluate.model_dump(mode="json", exclude={"problems", "traces"})
-        hashes = {key: entry["sha256"] for key, entry in self.input_hashes.items() if key.startswith("evaluate")}
-        settings["verifier"] = self.recipe.evaluation_verifier
-        return {"checkpoint": model.digest, "settings": settings, "files": hashes}
-
     def _say_stage(self, path: Path, what: str) -> None:
         self.say(f"{self.folder.relative(path)}: {what}")
+
+
+def weights_subset(heldout: Mapping[str, Sequence[RenderedTrace]], max_tokens: int = 16_384) -> list[RenderedTrace]:
+    """The held-out traces that ``weights: auto`` is decided on: in turn one of each set, until there are enough tokens.
+
+    The same in every round. At least one trace of every set is in it.
+    """
+    chosen: list[RenderedTrace] = []
+    tokens = 0
+    for place in range(max(len(traces) for traces in heldout.values())):
+        for traces in heldout.values():
+            if place < len(traces) and (place == 0 or tokens + len(traces[place].input_ids) <= max_tokens):
+                chosen.append(traces[place])
+                tokens += len(traces[place].input_ids)
+    return chosen
 
 
 @contextlib.contextmanager
@@ -720,6 +926,16 @@ def _is_installed(package: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
+
+
+def _stage_of(model: Model) -> Path:
+    """The stage folder that holds a checkpoint."""
+    return next((folder for folder in model.path.parents if (folder / "done.json").is_file()), model.path.parent)
+
+
+def _is_pruned(recipe: Recipe, number: int) -> bool:
+    """Whether a finished round's branch checkpoints are deleted."""
+    return recipe.keep_branches == "none" or (recipe.keep_branches == "last" and number < recipe.rounds)
 
 
 def _hash_if_changed(path: Path, recorded: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -20,8 +20,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from motkit.checkpoint import PRUNED
 from motkit.errors import UserError
 
+_PRUNABLE = ("checkpoint/", "steps/")
 _STORAGE_ERRNOS = {
     errno.ENOSPC: "no space left on the disk; free some or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some or choose another folder",
@@ -167,6 +169,10 @@ class RunDir:
         """Stage folder of a branch: checkpoint/, metrics.jsonl, done.json."""
         return self.round(number) / "branches" / name
 
+    def branch_step(self, number: int, name: str, step: int) -> Path:
+        """A branch's weights after ``step`` steps, where they are kept: a part of its stage."""
+        return self.branch(number, name) / "steps" / f"{step:06d}"
+
     def branch_work(self, number: int, name: str) -> Path:
         """Where a branch's trainer keeps its own checkpoints until the branch is published."""
         return self.round(number) / "branches" / f"{name}.training"
@@ -182,6 +188,10 @@ class RunDir:
     def evaluation(self, number: int) -> Path:
         """Scores of a round, JSON."""
         return self.round(number) / "evaluation.json"
+
+    def results(self, number: int, name: str) -> Path:
+        """What a checkpoint answered to each problem, and whether it was right, JSONL (`motkit.evaluate`)."""
+        return self.round(number) / "evaluation" / f"{name}.jsonl"
 
     def source(self, key: str) -> Path:
         """What a run fetched from the hub, once: problems or a teacher's traces, JSONL."""
@@ -254,9 +264,19 @@ def write_done(folder: Path, inputs: Mapping[str, Any], **details: Any) -> dict[
 
 
 def read_done(folder: Path) -> dict[str, Any] | None:
-    """The completion record of a stage; None if it is not done (or its record cannot be read)."""
+    """The completion record of a stage; None if it is not done (or its record cannot be read).
+
+    Once `prune_checkpoint` has begun on the stage, it holds ``pruned: True``.
+    """
     record = read_json(folder / "done.json")
-    return record if "outputs" in record else None
+    if "outputs" not in record:
+        return None
+    return {**record, "pruned": True} if (folder / PRUNED).is_file() else record
+
+
+def is_pruned(record: Mapping[str, Any], name: str) -> bool:
+    """Whether an output of a stage was deleted on purpose."""
+    return bool(record.get("pruned")) and name.startswith(_PRUNABLE)
 
 
 def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | None:
@@ -266,6 +286,8 @@ def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | No
         hashes: read every file and compare its SHA-256; else only its size.
     """
     for name, recorded in record["outputs"].items():
+        if is_pruned(record, name):
+            continue
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -275,6 +297,31 @@ def damage(folder: Path, record: Mapping[str, Any], *, hashes: bool) -> str | No
         if hashes and hash_file(path) != recorded["sha256"]:
             return f"{name} is not what was written (its SHA-256 differs)"
     return None
+
+
+def prune_checkpoint(folder: Path) -> bool:
+    """Delete the weights of a done branch (``checkpoint/``, and ``steps/`` in between) and keep its record; returns
+    whether there was anything to delete.
+
+    First the stage notes it (``pruned.json``), then a folder loses its name, then it is deleted: killed in between, the
+    stage counts as pruned and the next call finishes.
+    """
+    kept = [folder / name.rstrip("/") for name in _PRUNABLE]
+    doomed = [path.with_name(f"{path.name}.pruned") for path in kept]
+    if not any(path.exists() for path in (*kept, *doomed)):
+        return False
+    with storage_errors(folder):
+        if not (folder / PRUNED).is_file():
+            files = [path for top in kept for path in top.rglob("*") if path.is_file()]
+            write_json(folder / PRUNED, {"pruned": True, "freed_bytes": sum(path.stat().st_size for path in files)})
+        for path, away in zip(kept, doomed, strict=True):
+            if away.exists():
+                shutil.rmtree(away)
+            if path.exists():
+                os.rename(path, away)
+                sync(folder)
+                shutil.rmtree(away)
+    return True
 
 
 def set_aside(folder: Path) -> Path:
@@ -287,11 +334,22 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def checkpoint_digest(record: Mapping[str, Any]) -> str:
-    """Identity of the checkpoint that a stage made: a digest of the hashes of the files in ``checkpoint/``."""
-    return digest(
-        {name: entry["sha256"] for name, entry in record["outputs"].items() if name.startswith("checkpoint/")}
-    )
+def checkpoint_digest(record: Mapping[str, Any], folder: str = "checkpoint") -> str:
+    """Identity of the checkpoint that a stage made: a digest of the hashes of the files in ``folder`` of it."""
+    return digest({name: entry["sha256"] for name, entry in record["outputs"].items() if name.startswith(f"{folder}/")})
+
+
+def link_file(source: str | Path, target: str | Path) -> None:
+    """The same file under a second name; a copy where the file system cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """`link_file` of every file below ``source``. Safe because what is published is never edited."""
+    shutil.copytree(source, target, copy_function=link_file, dirs_exist_ok=True)
 
 
 def require_space(folder: Path, num_bytes: int, what: str) -> None:

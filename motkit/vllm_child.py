@@ -6,10 +6,14 @@
 
 The first two end, with all that it started, when stdin closes, so that they do not outlive a motkit that was killed.
 
-generate: first ``{"model", "engine_args"}``, answered by ``{"ready": vLLM's version}``; then lines of ``{"id",
-"messages", "sampling"}`` up to ``{"end": true}``; each is answered by ``{"id", "text", "finish_reason",
-"prompt_tokens", "tokens"}`` or ``{"id", "error"}`` as soon as it is known. The whole file is asked at once: the engine
-does its own batching.
+generate: first ``{"model", "engine_args"}``, answered by ``{"ready": vLLM's version}``; then lines up to ``{"end":
+true}``. The whole file is asked at once: the engine does its own batching. Each answer is said as soon as it is known,
+and ``{"end": true}`` after the last:
+
+* ``{"id", "messages", "sampling"}``: ``{"id", "text", "finish_reason", "prompt_tokens", "tokens"}`` or
+  ``{"id", "error"}``;
+* ``{"id", "prompt_token_ids", "seeds": [[sample, seed], …], "sampling"}``: for each seed ``{"id", "sample",
+  "token_ids", "finish_reason"}``, or once ``{"id", "error"}``.
 """
 
 import json
@@ -90,34 +94,52 @@ def generate() -> None:
     import vllm
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+    # A prompt that is too long is a ValueError in some versions and an error of vLLM's own in others.
+    own = getattr(sys.modules.get("vllm.exceptions"), "VLLMClientError", ValueError)
     chat = {key: first["engine_args"].pop(key) for key in ["chat_template"] if key in first["engine_args"]}
     llm = vllm.LLM(model=first["model"], **first["engine_args"])
     say(ready=vllm.__version__)
     ended.wait()
-    asked = {}
+    asked: dict[str, tuple[int, int | None]] = {}
     for raw in lines:
         request = json.loads(raw)
-        sampling = dict(request["sampling"])
+        sampling = dict(request["sampling"], output_kind=RequestOutputKind.FINAL_ONLY)
         kwargs = sampling.pop("chat_template_kwargs", None)
         try:
-            params = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
-            (name,) = llm.enqueue_chat(request["messages"], params, use_tqdm=False, chat_template_kwargs=kwargs, **chat)
-        except (ValueError, TypeError) as error:
+            if "messages" in request:
+                samples = [None]
+                names = llm.enqueue_chat(
+                    request["messages"], SamplingParams(**sampling), use_tqdm=False, chat_template_kwargs=kwargs, **chat
+                )
+            else:
+                samples = [sample for sample, _ in request["seeds"]]
+                params = [SamplingParams(**sampling, seed=seed) for _, seed in request["seeds"]]
+                prompt = {"prompt_token_ids": request["prompt_token_ids"]}
+                names = llm.enqueue([prompt] * len(params), params, use_tqdm=False)
+        except (ValueError, TypeError, own) as error:
             say(id=request["id"], error=" ".join(str(error).split())[:300])
         else:
-            # It is returned with a random suffix, and comes back with the output without it.
-            asked[name] = asked[name.rpartition("-")[0]] = request["id"]
+            for name, sample in zip(names, samples, strict=True):
+                # It is returned with a random suffix, and comes back with the output without it.
+                asked[name] = asked[name.rpartition("-")[0]] = request["id"], sample
     while llm.llm_engine.has_unfinished_requests():
         for output in llm.llm_engine.step():
-            if output.finished:
-                sample = output.outputs[0]
-                say(
-                    id=asked[output.request_id],
-                    text=sample.text,
-                    finish_reason=sample.finish_reason or "unknown",
-                    prompt_tokens=len(output.prompt_token_ids or ()),
-                    tokens=len(sample.token_ids),
-                )
+            if not output.finished:
+                continue
+            number, sample = asked[output.request_id]
+            (made,) = output.outputs
+            reason = made.finish_reason or "unknown"
+            if sample is not None:
+                say(id=number, sample=sample, token_ids=list(made.token_ids), finish_reason=reason)
+                continue
+            say(
+                id=number,
+                text=made.text,
+                finish_reason=reason,
+                prompt_tokens=len(output.prompt_token_ids or ()),
+                tokens=len(made.token_ids),
+            )
+    say(end=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""vLLM in a process of its own, and perhaps an environment of its own: the engine ``vllm``, and `vllm serve` on loan.
+"""vLLM in a process of its own, and perhaps an environment of its own: the engine ``vllm``, `vllm serve` on loan, and
+continuations of token ids.
 
 The process, with its GPU memory, is gone when the generation ends, however it ends.
 """
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -14,7 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +30,31 @@ PYTHON_VARIABLE = "MOTKIT_VLLM_PYTHON"
 _START_SECONDS = 3600.0
 
 
-def vllm_python(teacher: Teacher) -> str:
+def has_vllm(python: str | None = None) -> bool:
+    """Whether there is a vLLM to start: ``python`` or ``MOTKIT_VLLM_PYTHON`` names an interpreter, or ours has it.
+
+    That the named one has vLLM is seen when it starts.
+    """
+    return bool(python or os.environ.get(PYTHON_VARIABLE)) or importlib.util.find_spec("vllm") is not None
+
+
+def vllm_python(python: str | None, who: str) -> str:
     """The interpreter that has vLLM: the recipe's ``python``, else ``MOTKIT_VLLM_PYTHON``, else ours.
 
     Raises:
         UserError: there is no such interpreter, or none was named and ours has no vLLM.
     """
-    named = teacher.python or os.environ.get(PYTHON_VARIABLE)
+    named = python or os.environ.get(PYTHON_VARIABLE)
     if named:
         found = shutil.which(named)
         if found is None:
-            source = "python" if teacher.python else PYTHON_VARIABLE
-            raise UserError(f"teacher {teacher.name}: {source}: no interpreter at {named}; correct the path")
+            raise UserError(
+                f"{who}: {'python' if python else PYTHON_VARIABLE}: no interpreter at {named}; correct the path"
+            )
         return found
-    import importlib.util
-
-    if importlib.util.find_spec("vllm") is None:
+    if not has_vllm():
         raise UserError(
-            f"teacher {teacher.name}: vLLM is not installed here; install motkit[vllm], or set 'python' (or the "
+            f"{who}: vLLM is not installed here; install motkit[vllm], or set 'python' (or the "
             f"variable {PYTHON_VARIABLE}) to the interpreter of an environment that has it"
         )
     return sys.executable
@@ -65,43 +74,107 @@ async def ask_vllm(teacher: Teacher, requests: Sequence[Request], log: Path) -> 
             async for outcome in outcomes:
                 yield outcome
         return
-    async with _child(teacher, ["generate"], log, stdout=asyncio.subprocess.PIPE) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        feeding = asyncio.create_task(_feed(child.stdin, teacher, requests))
-        started = time.perf_counter()
-        try:
-            for _ in range(len(requests) + 1):
-                raw = await child.stdout.readline()
-                if not raw.endswith(b"\n"):
-                    raise UserError(f"teacher {teacher.name}: vLLM ended early; {_last_words(log)}")
-                answer = json.loads(raw)
-                if "ready" in answer:
-                    started = time.perf_counter()
-                    continue
-                yield _outcome(answer, teacher, requests, time.perf_counter() - started)
-        finally:
-            feeding.cancel()
-            await asyncio.gather(feeding, return_exceptions=True)
-
-
-async def _feed(stdin: asyncio.StreamWriter, teacher: Teacher, requests: Sequence[Request]) -> None:
     sampling = {
         "temperature": teacher.sampling.temperature,
         "top_p": teacher.sampling.top_p,
         "max_tokens": teacher.sampling.max_tokens,
         **teacher.sampling.extra,
     }
+    lines = (
+        {
+            "id": number,
+            "messages": request.messages,
+            "sampling": {key: value for key, value in {"seed": request.seed, **sampling}.items() if value is not None},
+        }
+        for number, request in enumerate(requests)
+    )
+    first = {"model": teacher.model, "engine_args": teacher.engine_args}
+    who = f"teacher {teacher.name}"
+    async with contextlib.aclosing(_answers(first, lines, teacher.python, who, log)) as answers:
+        async for answer, seconds in answers:
+            yield _outcome(answer, teacher, requests, seconds)
 
-    async def send(value: Mapping[str, Any]) -> None:
+
+async def continue_prompts(
+    checkpoint: Path,
+    prompts: Mapping[int, Sequence[int]],
+    seeds: Mapping[int, Mapping[int, int]],
+    sampling: Mapping[str, Any],
+    *,
+    engine_args: Mapping[str, Any],
+    python: str | None,
+    log: Path,
+    on_ready: Callable[[], None],
+) -> AsyncGenerator[tuple[int, int, list[int], str], None]:
+    """Continuations of prompts, as soon as each is known: (prompt, sample, its token ids, finish_reason).
+
+    Args:
+        prompts: number → token ids.
+        seeds: number of the prompt → number of the sample → seed, of every continuation that is asked for.
+        sampling: fields of vLLM's SamplingParams. Texts are not made: the token ids come back.
+
+    Raises:
+        UserError: vLLM does not start, refuses a prompt, or ends before its work does.
+    """
+    who = f"{checkpoint}: vLLM"
+    lines = (
+        {
+            "id": number,
+            "prompt_token_ids": list(prompts[number]),
+            "seeds": list(of_prompt.items()),
+            "sampling": {**sampling, "detokenize": False},
+        }
+        for number, of_prompt in seeds.items()
+    )
+    first = {"model": str(checkpoint), "engine_args": dict(engine_args)}
+    left = sum(map(len, seeds.values()))
+    async with contextlib.aclosing(_answers(first, lines, python, who, log, on_ready)) as answers:
+        async for answer, _ in answers:
+            if "error" in answer:
+                raise UserError(
+                    f"{who}: prompt {answer['id']} of {len(prompts[answer['id']])} tokens: {answer['error']}"
+                )
+            yield answer["id"], answer["sample"], answer["token_ids"], answer["finish_reason"]
+            left -= 1
+    assert left == 0
+
+
+async def _answers(
+    first: Mapping[str, Any],
+    lines: Iterable[Mapping[str, Any]],
+    python: str | None,
+    who: str,
+    log: Path,
+    on_ready: Callable[[], None] = lambda: None,
+) -> AsyncGenerator[tuple[dict[str, Any], float], None]:
+    """What `motkit.vllm_child` says to ``first`` and ``lines``: (answer, seconds since the model was loaded)."""
+    async with _child(python, who, ["generate"], log, stdout=asyncio.subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        feeding = asyncio.create_task(_feed(child.stdin, first, lines))
+        started = time.perf_counter()
+        try:
+            while True:
+                raw = await child.stdout.readline()
+                if not raw.endswith(b"\n"):
+                    raise UserError(f"{who}: vLLM ended early; {_last_words(log)}")
+                answer = json.loads(raw)
+                if "ready" in answer:
+                    started = time.perf_counter()
+                    on_ready()
+                elif "end" in answer:
+                    return
+                else:
+                    yield answer, time.perf_counter() - started
+        finally:
+            feeding.cancel()
+            await asyncio.gather(feeding, return_exceptions=True)
+
+
+async def _feed(stdin: asyncio.StreamWriter, first: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> None:
+    for value in (first, *lines, {"end": True}):
         stdin.write(json.dumps(value).encode() + b"\n")
         await stdin.drain()
-
-    await send({"model": teacher.model, "engine_args": teacher.engine_args})
-    for number, request in enumerate(requests):
-        fields = {key: value for key, value in {"seed": request.seed, **sampling}.items() if value is not None}
-        await send({"id": number, "messages": request.messages, "sampling": fields})
-    await send({"end": True})
 
 
 def _outcome(answer: Mapping[str, Any], teacher: Teacher, requests: Sequence[Request], seconds: float) -> Outcome:
@@ -131,11 +204,12 @@ async def serving(teacher: Teacher, log: Path) -> AsyncIterator[str]:
         port = probe.getsockname()[1]
     arguments = [teacher.model, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", teacher.model]
     arguments += _flags(teacher.engine_args)
-    async with _child(teacher, ["serve", *arguments], log, stdout=None) as child:
+    who = f"teacher {teacher.name}"
+    async with _child(teacher.python, who, ["serve", *arguments], log, stdout=None) as child:
         deadline = time.monotonic() + _START_SECONDS
         while not await asyncio.to_thread(_is_healthy, f"http://127.0.0.1:{port}/health"):
             if child.returncode is not None or time.monotonic() > deadline:
-                raise UserError(f"teacher {teacher.name}: vllm serve does not start; {_last_words(log)}")
+                raise UserError(f"{who}: vllm serve does not start; {_last_words(log)}")
             await asyncio.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"
 
@@ -154,10 +228,10 @@ def _flags(engine_args: Mapping[str, Any]) -> list[str]:
 
 @contextlib.asynccontextmanager
 async def _child(
-    teacher: Teacher, arguments: Sequence[str], log: Path, *, stdout: int | None
+    python: str | None, who: str, arguments: Sequence[str], log: Path, *, stdout: int | None
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """`motkit.vllm_child` under vLLM's interpreter, in a session of its own, which is ended whole on the way out."""
-    python = vllm_python(teacher)
+    python = vllm_python(python, who)
     environment = dict(os.environ)
     if python != sys.executable:
         environment.pop("PYTHONPATH", None)  # of our environment, not of vLLM's

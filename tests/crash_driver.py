@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from motkit import merge, merge_stream, rounds, rundir, train
+from motkit import merge, rounds, rundir, spans, train
 from motkit.recipe import load_recipe
 
 
@@ -50,15 +50,15 @@ def before_seal():
 
 def in_merge():
     """Some of the merged weights are written."""
-    original, calls = merge_stream._write_all, []
+    original, calls = spans.Targets.write, []
 
-    def write_all(*arguments):
+    def write(*arguments):
         calls.append(arguments)
         if len(calls) == 5:
             die()
         original(*arguments)
 
-    merge_stream._write_all = write_all
+    spans.Targets.write = write
 
 
 def after_merged_weights():
@@ -113,7 +113,44 @@ MOMENTS = {
     "between stages": between_stages,
 }
 
+
+def before_pruning():
+    """Round 1 is merged and scored, its branches are whole."""
+    rounds.rundir.prune_checkpoint = die
+
+
+def pruning_is_noted():
+    """The first branch's stage says that it is pruned, its checkpoint is still there."""
+    original = rundir.write_json
+
+    def write_json(target, value):
+        original(target, value)
+        if target.name == "pruned.json":
+            die()
+
+    rundir.write_json = write_json
+
+
+def in_pruning(occurrence=2):
+    """The second branch's checkpoint has lost its name and half of its files."""
+    original, seen = rundir.shutil.rmtree, []
+
+    def rmtree(path, *arguments, **keywords):
+        if str(path).endswith(".pruned"):
+            seen.append(path)
+            if len(seen) == occurrence:
+                for file in sorted(path.iterdir())[::2]:
+                    file.unlink()
+                die()
+        original(path, *arguments, **keywords)
+
+    rundir.shutil.rmtree = rmtree
+
+
+# For a recipe that prunes.
+PRUNING_MOMENTS = {"before pruning": before_pruning, "pruning is noted": pruning_is_noted, "in pruning": in_pruning}
+
 if __name__ == "__main__":
     recipe, run, moment = sys.argv[1:]
-    MOMENTS[moment]()
+    (MOMENTS | PRUNING_MOMENTS)[moment]()
     rounds.run_rounds(load_recipe(Path(recipe)), run, progress=False)

@@ -17,7 +17,6 @@ from experiment import write_experiment
 from motkit import cli
 from motkit.analysis import agreement, curves, report, runs
 from motkit.analysis.models import load_weights
-from motkit.errors import UserError
 from motkit.evaluate import heldout_loss
 from motkit.recipe import load_recipe
 from motkit.rounds import run_rounds
@@ -137,10 +136,13 @@ def test_costs_are_counted_by_budget(comparison):
     assert steps["MoT without wordy", "both"] == 8
 
 
-def test_agreement_is_what_numpy_says(comparison):
-    run = runs.open_runs([comparison]).main
-    assert run.arm == "mot"
-    assert run.seed == 0
+def test_agreement_is_what_numpy_says(comparison, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(comparison / "seed_0/mot", copy)
+    for file in copy.glob("round_*/merged/agreement.csv"):
+        file.unlink()  # as in a run from before there was one
+    assert runs.open_runs([comparison]).main.folder.root == (comparison / "seed_0/mot").resolve()
+    run = runs.open_run(copy)
     found = agreement.compute_agreement(run)
     one, other = (load_weights(path, "float64") for path in run.branches(2).values())
     start, merged = load_weights(run.student(1), "float64"), load_weights(run.student(2), "float64")
@@ -174,11 +176,20 @@ def test_an_agreement_report_is_read_and_not_computed_again(comparison, tmp_path
     assert numpy.isnan(found["value"].tolist()[1])
 
 
-def test_branches_of_another_shape_are_refused(tmp_path):
-    one = make_pico_checkpoint("llama", tmp_path / "one")
-    tied = make_pico_checkpoint("qwen3", tmp_path / "tied")
-    with pytest.raises(UserError, match="other tensors"):
-        agreement.measure(one, {"a": tied}, one)
+def test_pruned_branches_leave_curves_and_costs(comparison, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(comparison / "seed_0/mot", run)
+    whole = curves.compute_costs(runs.open_runs([run]))["costs"]
+    for checkpoint in run.glob("round_*/branches/*/checkpoint"):
+        shutil.rmtree(checkpoint)
+    for file in run.glob("round_*/merged/agreement.csv"):
+        file.unlink()
+    some = runs.open_runs([run])
+    assert some.main.branches(1) == {}
+    pandas.testing.assert_frame_equal(curves.compute_costs(some)["costs"], whole)
+    assert len(curves.compute_training(some.runs)) == 8
+    assert agreement.compute_agreement(some.main).empty
+    report.write_report(run, tmp_path / "out", with_confidence=False, progress=False)
 
 
 def test_the_traces_of_a_run_are_those_of_its_evaluation(comparison):

@@ -14,9 +14,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from scipy.optimize import minimize
 from test_merge_methods import bits, exact_mean
+from test_merge_ties import reference as ties_reference
 
-from motkit import merge_stream
+from motkit import spans
 from motkit.bundle import bundled_files
 from motkit.errors import UserError
 from motkit.merge import check_merge_config, load_merge_config, merge_checkpoints, resolve_merge_config
@@ -179,8 +181,8 @@ def test_shards_spans_and_threads_change_nothing(family, tmp_path, monkeypatch):
 
     student, branches = family()
     merge_checkpoints("mot", tmp_path / "one", base=student, branches=branches, quiet=True)
-    monkeypatch.setattr(merge_stream, "_SHARD_BYTES", 20_000)
-    monkeypatch.setattr(merge_stream, "_SPAN", 100)
+    monkeypatch.setattr(spans, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(spans, "SPAN", 100)
     merge_checkpoints("mot", tmp_path / "many", base=student, branches=branches, quiet=True)
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 2
@@ -205,6 +207,153 @@ def test_integer_buffers(family, tmp_path):
     assert torch.equal(weights(tmp_path / "out")["model.steps"], steps)
     c = copy_of(beta, tmp_path / "c", {"model.steps": steps + 1})
     assert "model.steps" in refusal("mot", tmp_path / "no", base=base, branches=[a, c])[0]
+
+
+# Our other methods
+
+OWN = ("mot_ties", "mot_median", "mot_trimmed_mean", "mot_geometric_median")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_own_methods_stream_what_stock_mergekit_gives(dtype, family, tmp_path, monkeypatch):
+    """Per tensor, which is all that stock mergekit can do; with small spans, so that a tensor has many."""
+    student, branches = family("llama", dtype)
+    monkeypatch.setattr(spans, "SPAN", 700)
+    settings = {
+        "mot_ties": {"parameters": {"density": 0.3, "weight": 1.0, "trim": "tensor", "scale": 0.9}},
+        "mot_median": {"parameters": {"scale": 0.7}},
+        "mot_trimmed_mean": {"parameters": {"drop_each_end": 1}},
+        "mot_geometric_median": {"parameters": {"over": "tensor"}},
+    }
+    for method in OWN:
+        config = {"merge_method": method, "base_model": "$student", "models": [{"model": "$branches"}]}
+        config |= {"out_dtype": "bfloat16", **settings[method]}
+        merge_checkpoints(config, tmp_path / method, base=student, branches=branches, quiet=True)
+    for method in OWN:
+        arguments = [str(tmp_path / method / "mergekit_config.yml"), str(tmp_path / f"{method}-stock"), "--quiet"]
+        command = [sys.executable, "-m", "motkit.mergekit", "mergekit-yaml", *arguments]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        assert same_bits(weights(tmp_path / method), weights(tmp_path / f"{method}-stock")), method
+
+
+def flat(folder, names):
+    """All weights of a checkpoint as one float64 vector."""
+    tensors = weights(folder)
+    return torch.cat([tensors[name].double().view(-1) for name in names])
+
+
+def test_own_methods_over_the_whole_model(family, tmp_path):
+    """The bundled configs against float64 computations on the model as one vector."""
+    student, branches = family("qwen3")
+    names = sorted(weights(student))
+    base, vectors = flat(student, names), [flat(branch, names) for branch in branches]
+    merged = {}
+    for method in OWN:
+        report = merge_checkpoints(method, tmp_path / method, base=student, branches=branches, quiet=True)
+        assert (report.method, report.num_inputs) == (method, 4 if method == "mot_ties" else 3)
+        merged[method] = flat(tmp_path / method, names)
+    expected = ties_reference(base, vectors, [0.5] * 3, [1.0] * 3)
+    assert torch.equal(merged["mot_ties"], expected.float().to(torch.bfloat16).double())
+    median = torch.stack(vectors).median(dim=0).values
+    assert torch.equal(merged["mot_median"], median)
+    assert torch.equal(merged["mot_trimmed_mean"], median)
+
+    far = copy_of(branches[2], tmp_path / "far", {n: t * 1.5 for n, t in weights(branches[2]).items()})
+    inputs = [*branches[:2], far]
+    merge_checkpoints(
+        "mot_geometric_median", tmp_path / "geo", base=student, branches=inputs, out_dtype="float32", quiet=True
+    )
+    matrix = torch.stack([flat(path, names) for path in inputs]).numpy()
+
+    def cost(share):
+        return numpy.linalg.norm(matrix - share @ matrix, axis=1).sum()
+
+    found = minimize(
+        cost, [1 / 3] * 3, bounds=[(0, 1)] * 3, constraints={"type": "eq", "fun": lambda share: share.sum() - 1}
+    )
+    assert cost(numpy.full(3, 1 / 3)) > found.fun * 1.001
+    got = flat(tmp_path / "geo", names).numpy()
+    assert numpy.linalg.norm(matrix - got, axis=1).sum() <= found.fun * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_bytes_do_not_depend_on_spans_shards_order_or_threads(method, family, tmp_path, monkeypatch):
+    student, branches = family()
+    merge_checkpoints(method, tmp_path / "one", base=student, branches=branches, quiet=True)
+    merge_checkpoints(method, tmp_path / "order", base=student, branches=branches[::-1], quiet=True)
+    monkeypatch.setattr(spans, "SHARD_BYTES", 20_000)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        merge_checkpoints(method, tmp_path / "shards", base=student, branches=branches, quiet=True)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    for other in ("order", "shards"):
+        assert same_bits(weights(tmp_path / "one"), weights(tmp_path / other))
+
+
+def test_one_poisoned_branch_of_three(family, make_pico, tmp_path):
+    """Robust merges stay as near to the mean of the good branches as those are to it; the mean does not."""
+    student = family("llama", "float32")[0]
+    start, generator = weights(student), torch.Generator().manual_seed(0)
+
+    def noise(size):
+        return {name: torch.randn(t.shape, generator=generator) * size for name, t in start.items()}
+
+    update, branches = noise(0.002), []
+    for number in range(2):
+        own = noise(0.001)
+        changes = {name: t + update[name] + own[name] for name, t in start.items()}
+        branches.append(copy_of(student, tmp_path / f"good{number}", changes))
+    poison = {name: t - 20 * update[name] for name, t in start.items()}
+    branches.append(copy_of(student, tmp_path / "poisoned", poison))
+    names = sorted(start)
+    good = [flat(branch, names) for branch in branches[:2]]
+    mean, spread = (good[0] + good[1]) / 2, (good[0] - good[1]).norm() / 2
+    distances = {}
+    for method in ("mot", "mot_median", "mot_trimmed_mean", "mot_geometric_median"):
+        merge_checkpoints(method, tmp_path / method, base=student, branches=branches, out_dtype="float32", quiet=True)
+        distances[method] = float((flat(tmp_path / method, names) - mean).norm() / spread)
+    assert distances.pop("mot") > 10
+    assert all(distance <= 1.01 for distance in distances.values()), distances
+
+
+def test_mergekits_commands_know_our_methods(family, tmp_path):
+    student, (alpha, beta, gamma) = family()
+    models = [{"model": str(alpha)}, {"model": str(beta)}, {"model": str(gamma)}]
+    single = tmp_path / "single.yaml"
+    single.write_text(yaml.safe_dump({"merge_method": "mot_median", "models": models}))
+    multi = tmp_path / "multi.yaml"
+    first = {"name": "first", "merge_method": "mot", "models": models[:2]}
+    last = {"merge_method": "mot", "models": [{"model": "first"}, models[2]]}
+    multi.write_text(yaml.safe_dump_all([first, last]))
+    raw = tmp_path / "raw.yaml"
+    files = [{"model": str(path / "model.safetensors")} for path in (alpha, beta, gamma)]
+    raw.write_text(yaml.safe_dump({"merge_method": "mot_median", "models": files}))
+    commands = [
+        ["mergekit-yaml", str(single), str(tmp_path / "yaml")],
+        ["mergekit-multi", str(multi), "--intermediate-dir", str(tmp_path / "work"), "--out-path", str(tmp_path / "m")],
+        ["mergekit-pytorch", str(raw), str(tmp_path / "pytorch")],
+    ]
+    for command in commands:
+        done = subprocess.run(
+            [sys.executable, "-m", "motkit.mergekit", *command], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+    merge_checkpoints("mot_median", tmp_path / "ours", base=student, branches=[alpha, beta, gamma], quiet=True)
+    expected = weights(tmp_path / "ours")
+    assert same_bits(weights(tmp_path / "yaml"), expected)
+    assert same_bits(weights(tmp_path / "pytorch"), expected)
+    a, b, c = weights(alpha), weights(beta), weights(gamma)
+    for name, tensor in weights(tmp_path / "m").items():
+        half = exact_mean([a[name].view(-1), b[name].view(-1)], [Fraction(1, 2)] * 2, torch.bfloat16)
+        both = exact_mean([half, c[name].view(-1)], [Fraction(1, 2)] * 2, torch.bfloat16)
+        assert torch.equal(tensor.view(-1), both), name
+    for arguments in ([], ["mergekit-moe"]):
+        refused = subprocess.run([sys.executable, "-m", "motkit.mergekit", *arguments], capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("Error: expected one of mergekit-yaml")
 
 
 # mergekit's methods
@@ -417,7 +566,7 @@ def test_all_faults_of_all_branches_at_once(family, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("method", ["mot", "ties"])
+@pytest.mark.parametrize("method", ["mot", "ties", *OWN])
 def test_nan_and_infinity_are_found_before_anything_is_published(method, family, tmp_path):
     student, (alpha, beta, gamma) = family()
     broken = {}
@@ -510,7 +659,7 @@ def test_roles_of_base_and_branches(family, tmp_path):
 # Merge configs
 
 
-@pytest.mark.parametrize("name", ["mot", "linear", "ties", "task_arithmetic", "dare_ties", "slerp"])
+@pytest.mark.parametrize("name", [*("mot", "linear", "ties", "task_arithmetic", "dare_ties", "slerp"), *OWN])
 def test_bundled_configs_open_with_their_purpose(name):
     path = bundled_files("merge_configs")[name]
     text = path.read_text()
@@ -519,7 +668,7 @@ def test_bundled_configs_open_with_their_purpose(name):
     config = load_merge_config(name)
     check_merge_config(config, num_branches=2 if name == "slerp" else 3)
     assert config["out_dtype"] == "bfloat16"
-    assert (config.get("dtype") == "float32") == (name != "mot")
+    assert (config.get("dtype") == "float32") == (not name.startswith("mot"))
     if name == "slerp":
         with pytest.raises(UserError, match="slerp"):
             check_merge_config(config, num_branches=3)

@@ -11,9 +11,10 @@ import torch
 from mergekit import merge_methods as mergekit_methods
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
 
-from motkit import merge_methods
+from motkit import merge_float, merge_methods
 from motkit.errors import UserError
-from motkit.merge_methods import WeightedMean, mot_coefficients, round_ratio, value_range, weighted_mean
+from motkit.merge_float import round_ratio, value_range
+from motkit.merge_mean import WeightedMean, mot_coefficients, weighted_mean
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -223,7 +224,7 @@ def test_value_range_brackets_every_element(dtype):
 
 def test_many_chunks_and_threads_give_what_one_chunk_gives():
     generator = torch.Generator().manual_seed(4)
-    size = 5 * merge_methods.CHUNK_CPU + 77
+    size = 5 * merge_float.CHUNK_CPU + 77
     tensors = [(torch.randn(size, generator=generator) * 0.02).to(torch.bfloat16) for _ in range(3)]
     tensors[0][::1000] = 1e-30
     coefficients, _ = mot_coefficients([1, 1, 1])

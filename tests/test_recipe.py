@@ -118,6 +118,45 @@ def test_settings_that_contradict_each_other_are_refused(write, change, says):
     assert says in "\n".join(faults(write(MINIMAL + change)))
 
 
+def test_adapters_are_a_section_of_train_with_its_defaults_recorded(write, tmp_path):
+    recipe = load_recipe(write(), ["train.lora={r: 4, target_modules: [q_proj, v_proj]}", "merged_adapter=true"])
+    assert recipe.lora is not None
+    assert (recipe.lora.r, recipe.lora.alpha, recipe.lora.target_modules) == (4, 8, ("q_proj", "v_proj"))
+    assert recipe.train["lora"]["dropout"] == 0.0
+    assert recipe.merged_adapter is not None
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    assert load_recipe(write(), ["train.lora.r=2"]).lora.target_modules == "all-linear"
+    assert load_recipe(write(), ["train.lora.r=2", "merged_adapter.r=5"]).merged_adapter.r == 5
+    assert load_recipe(write(), ["train.lora=null"]).lora is None
+    assert load_recipe(write(), ["merged_adapter=false"]).merged_adapter is None
+
+
+def test_faults_of_adapters_are_reported_at_once(write):
+    lora = "{r: 0, alpha: big, lora_dropout: 0.1, target_module: [q], use_dora: true, bias: all, modules_to_save: [x]}"
+    found = "\n".join(faults(write(), [f"train.lora={lora}", "train.max_step=3"]))
+    for expected in (
+        "train.lora.r: got 0, input should be greater than or equal to 1",
+        "train.lora.alpha: got 'big', input should be a valid integer",
+        "train.lora.lora_dropout: here it is called 'dropout'; rename it",
+        "train.lora.target_module: unknown key; did you mean 'target_modules'?",
+        "train.lora.use_dora: not supported: the merge averages updates of the form scaling·B·A",
+        "train.lora.bias: not supported: biases stay frozen",
+        "train.lora.modules_to_save: not supported: an adapter branch trains its adapters only",
+        "train.max_step: not a field",
+    ):
+        assert expected in found
+    assert "expected a mapping" in faults(write(), ["train.lora=8"])[0]
+    assert "merged_adapter: goes with 'train.lora'" in faults(write(), ["merged_adapter=true"])[0]
+
+
+def test_which_branches_stay_is_no_part_of_the_experiment(write):
+    one, other = load_recipe(write()), load_recipe(write(), ["keep_branches=last"])
+    assert one != other
+    assert one.differences(other) == []
+    assert "keep_branches: got 'some'" in faults(write(), ["keep_branches=some"])[0]
+
+
 def test_problems_may_be_a_mapping(write, tmp_path):
     source = "problems: {path: problems.jsonl, columns: {prompt: question}, sample: {count: 200, seed: 0}}"
     recipe = load_recipe(write(MINIMAL.replace("problems: problems.jsonl", source)))

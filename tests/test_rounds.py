@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
-from crash_driver import MOMENTS
+from crash_driver import MOMENTS, PRUNING_MOMENTS
 from experiment import RECIPE, write_experiment
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import motkit
 from motkit.errors import UserError
 from motkit.rounds import plan_rounds
-from motkit.rundir import hash_tree
+from motkit.rundir import hash_file, hash_tree
+from motkit.summary import summarise
 
 HERE = Path(__file__).parent
 
@@ -52,7 +54,7 @@ def test_a_run_is_readable_and_its_student_loads(whole):
         "round_00", "round_01", "round_02", "summary.csv", "traces",
     ]  # fmt: skip
     assert sorted(path.name for path in (folder / "round_01").rglob("*") if path.is_dir()) == [
-        "branches", "checkpoint", "checkpoint", "checkpoint", "merged", "plain", "wordy",
+        "branches", "checkpoint", "checkpoint", "checkpoint", "evaluation", "merged", "plain", "wordy",
     ]  # fmt: skip
     assert os.readlink(folder / "final") == "round_02/published/checkpoint"
     student = AutoModelForCausalLM.from_pretrained(folder / "final")
@@ -332,3 +334,256 @@ def test_any_causal_lm_goes_through_the_loop(tmp_path, make_pico, kind):
     for name, tensor in final.items():
         mean = torch.stack([branch[name].double() for branch in branches]).mean(0)
         assert torch.equal(tensor, mean.float().to(torch.bfloat16)), name
+
+
+def killed_at(moment, recipe, folder) -> None:
+    command = [sys.executable, HERE / "crash_driver.py", recipe, folder, moment]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+
+LORA = RECIPE.replace("gradient_checkpointing: false}", "lora: {r: 4, alpha: 8, dropout: 0.1}}\nmerged_adapter: {r: 6}")
+
+
+@pytest.fixture(scope="module")
+def whole_lora(tmp_path_factory):
+    """(recipe, folder, table, lines) of one uninterrupted run whose branches train adapters."""
+    from conftest import make_pico_checkpoint
+
+    folder = tmp_path_factory.mktemp("lora")
+    recipe = write_experiment(folder / "data", make_pico_checkpoint, LORA)
+    table, said = run(recipe, folder / "run")
+    return recipe, folder / "run", table, said
+
+
+@pytest.mark.slow
+def test_a_round_of_adapters_merges_the_updates_themselves(whole_lora):
+    from test_adapters import expected_mean
+
+    recipe, folder, table, _ = whole_lora
+    student = recipe.parent / "student"
+    for number in ("round_01", "round_02"):
+        stages = [folder / number / "branches" / name for name in ("plain", "wordy")]
+        want = expected_mean(student, {stage / "adapter": 8 / 4 for stage in stages})
+        merged = load_file(folder / number / "merged/checkpoint/model.safetensors")
+        assert merged.keys() == want.keys()
+        moved = 0
+        for name, tensor in merged.items():
+            assert torch.equal(tensor, torch.from_numpy(want[name]).float()), name
+            moved += not torch.equal(tensor, load_file(student / "model.safetensors")[name].float())
+        assert moved == 2 * 7
+        error = json.loads((folder / number / "merged/adapter_error.json").read_text())
+        assert error["rank"] == 6
+        assert 0 < error["relative_error"] < 1
+        assert len(error["per_tensor"]) == 2 * 7
+        student = folder / number / "merged/checkpoint"
+    assert table["heldout_loss"].notna().all()
+    bases = [
+        json.loads((folder / f"round_{n:02d}/branches/plain/adapter/adapter_config.json").read_text())[
+            "base_model_name_or_path"
+        ]
+        for n in (1, 2)
+    ]
+    assert bases == [str(recipe.parent / "student"), "round_01/merged/checkpoint"]
+
+
+@pytest.mark.slow
+def test_the_merged_adapter_loads_on_the_runs_own_student(whole_lora):
+    import peft
+
+    recipe, folder, _, _ = whole_lora
+    base = AutoModelForCausalLM.from_pretrained(recipe.parent / "student", dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    loaded = peft.PeftModel.from_pretrained(base, folder / "round_02/merged/adapter").merge_and_unload().state_dict()
+    merged = load_file(folder / "round_02/merged/checkpoint/model.safetensors")
+    lost = sum(float((merged[n].double() - loaded[n].double()).square().sum()) for n in merged)
+    total = sum(float((merged[n].double() - before[n].double()).square().sum()) for n in merged)
+    error = json.loads((folder / "round_02/merged/adapter_error.json").read_text())
+    assert (lost / total) ** 0.5 == pytest.approx(error["relative_error"], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["training", "checkpoint write", "after branch", "merge"])
+def test_a_killed_run_of_adapters_goes_on_to_the_same_bytes(whole_lora, tmp_path, moment):
+    recipe, folder, _, _ = whole_lora
+    killed_at(moment, recipe, tmp_path / "run")
+    _, said = run(recipe, tmp_path / "run")
+    if moment == "training":
+        assert "round_01/branches/wordy: resumes at step 2" in said
+    assert weights(tmp_path / "run") == weights(folder)
+
+
+@pytest.mark.slow
+def test_other_methods_take_the_adapters_checkpoints(tmp_path, make_pico):
+    recipe = write_experiment(tmp_path, make_pico, LORA.replace("merge: mot", "merge: ties"))
+    run(recipe, tmp_path / "run", "rounds=1", "evaluate=null", "merged_adapter=null")
+    stages = [tmp_path / "run/round_01/branches" / name for name in ("plain", "wordy")]
+    again = tmp_path / "again"
+    motkit.merge_checkpoints(
+        "ties",
+        again,
+        base=tmp_path / "student",
+        branches=[stage / "adapter" for stage in stages],
+        out_dtype="float32",
+        quiet=True,
+    )
+    merged = tmp_path / "run/round_01/merged/checkpoint"
+    assert hash_file(again / "model.safetensors") == hash_file(merged / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_pruned_checkpoint_is_made_again_from_its_adapter(whole_lora, tmp_path):
+    recipe, folder, _, _ = whole_lora
+    run(recipe, tmp_path / "run", "keep_branches=none", rounds=1)
+    stage = tmp_path / "run/round_01/branches/plain"
+    with pytest.raises(UserError, match=r"was pruned .*its adapter is there: 'motkit merge mot OUT --base START"):
+        motkit.merge_checkpoints(
+            "mot", tmp_path / "out", base=recipe.parent / "student", branches=[stage / "checkpoint"], quiet=True
+        )
+    motkit.merge_checkpoints(
+        "mot",
+        tmp_path / "out",
+        base=recipe.parent / "student",
+        branches=[stage / "adapter"],
+        out_dtype="float32",
+        quiet=True,
+    )
+    before = folder / "round_01/branches/plain/checkpoint/model.safetensors"
+    assert hash_file(tmp_path / "out/model.safetensors") == hash_file(before)
+
+
+@pytest.mark.slow
+def test_the_plan_of_adapters_says_what_is_written(whole_lora, tmp_path):
+    recipe, folder, _, _ = whole_lora
+    plan = {entry.stage: entry for entry in plan_rounds(motkit.load_recipe(recipe), tmp_path / "run")}
+    for stage in ("round_01/branches/plain", "round_02/merged"):
+        written = sum(path.stat().st_size for path in (folder / stage).rglob("*.safetensors"))
+        assert plan[stage].disk_bytes == pytest.approx(written, rel=0.1)  # headers of small files
+
+
+@pytest.mark.slow
+def test_modules_that_the_student_lacks_are_refused_before_the_run_begins(tmp_path, make_pico):
+    recipe = write_experiment(tmp_path, make_pico)
+    with pytest.raises(UserError, match=r"train\.lora: peft refuses these settings: .*nope"):
+        run(recipe, tmp_path / "run", "train.lora={r: 2, target_modules: [nope]}")
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", ["last", "none"])
+def test_pruned_branches_leave_their_records_and_the_same_student(whole, tmp_path, keep):
+    recipe, folder, table, _ = whole
+    changes = [f"keep_branches={keep}"]
+    plan = plan_rounds(motkit.load_recipe(recipe, changes), tmp_path / "run")
+    _, said = run(recipe, tmp_path / "run", *changes, rounds=1)
+    stage = tmp_path / "run/round_01/branches/plain"
+    assert f"round_01/branches/plain: checkpoint pruned (keep_branches: {keep})" in said
+    assert sorted(path.name for path in stage.iterdir()) == ["done.json", "metrics.jsonl", "pruned.json"]
+    pruned, said = run(recipe, tmp_path / "run", *changes)
+    assert "round_01/branches/plain: is done" in said
+    gone = {"round_01", "round_02"} if keep == "none" else {"round_01"}
+    kept = {
+        name: digest
+        for name, digest in weights(folder).items()
+        if not ("/branches/" in name and name.partition("/")[0] in gone)
+    }
+    assert weights(tmp_path / "run") == kept
+    columns = ["round", "name", "steps", "tokens", "heldout_loss"]
+    pandas.testing.assert_frame_equal(pruned[columns], table[columns])
+    pandas.testing.assert_frame_equal(summarise(tmp_path / "run"), pruned)
+    assert pruned["checkpoint"].isna().sum() == 2 * len(gone)
+    # The plan's bytes are those of the weights, up to headers of the files.
+    freed = -sum(entry.disk_bytes for entry in plan if entry.action == "prune")
+    size = sum(path.stat().st_size for path in (folder / "round_01/branches").rglob("model.safetensors"))
+    assert freed == pytest.approx(size * len(gone), rel=0.05)
+    again = plan_rounds(motkit.load_recipe(recipe, changes), tmp_path / "run")
+    assert {entry.action for entry in again} == {"skip"}
+    _, said = run(recipe, tmp_path / "run", *changes)
+    assert all("is done" in line or line.startswith("traces") for line in said), said
+
+
+def test_the_plan_says_how_much_disk_is_in_use_at_one_time(tmp_path, make_pico):
+    from click.testing import CliRunner
+
+    from motkit.checkpoint import count_parameters
+    from motkit.cli import main
+
+    recipe = write_experiment(tmp_path, make_pico)
+    size = count_parameters(tmp_path / "student") * 4
+    command = ["round", str(recipe), "--all", "--run", str(tmp_path / "run"), "--dry-run"]
+    last, every = (CliRunner().invoke(main, [*command, *more]).output for more in (["keep_branches=last"], []))
+    megabytes = lambda checkpoints: f"{checkpoints * size / 1e6:.1f} MB"  # noqa: E731
+    # Two rounds of two branches and a merge; the student, published in half the bytes.
+    assert f"disk to be written: {megabytes(6.5)}, and" in last
+    assert f"of it at one time at most {megabytes(4.5)}, in the end {megabytes(4.5)}" in last
+    assert f"disk to be written: {megabytes(6.5)}, and" in every
+    assert "at one time" not in every
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", PRUNING_MOMENTS)
+def test_a_run_killed_while_it_prunes_goes_on(whole, tmp_path, moment):
+    recipe, folder, _, _ = whole
+    pruning = recipe.with_name(f"{moment.replace(' ', '-')}.yaml")
+    pruning.write_text(recipe.read_text() + "keep_branches: last\n")
+    killed_at(moment, pruning, tmp_path / "run")
+    run(pruning, tmp_path / "run")
+    assert not list((tmp_path / "run/round_01/branches").glob("*/checkpoint*"))
+    expected = {name: digest for name, digest in weights(folder).items() if not name.startswith("round_01/branches")}
+    assert weights(tmp_path / "run") == expected
+
+
+@pytest.mark.slow
+def test_a_finished_run_can_be_pruned_later_and_what_is_gone_can_be_made_again(whole, tmp_path):
+    recipe, folder, _, _ = whole
+    run(recipe, tmp_path / "run", rounds=1)
+    run(recipe, tmp_path / "run", "keep_branches=last", rounds=1)
+    branches = tmp_path / "run/round_01/branches"
+    assert not (branches / "wordy/checkpoint").exists()
+    shutil.rmtree(tmp_path / "run/round_01/merged")
+    with pytest.raises(UserError) as stopped:
+        run(recipe, tmp_path / "run")
+    (line,) = str(stopped.value).splitlines()
+    assert line.startswith("round_01/merged: must be made again, but its branches' checkpoints were pruned")
+    assert str(branches / "plain") in line
+    assert str(branches / "wordy") in line
+    shutil.rmtree(branches / "plain")
+    shutil.rmtree(branches / "wordy")
+    run(recipe, tmp_path / "run")
+    assert weights(tmp_path / "run") == weights(folder)
+
+
+@pytest.mark.slow
+def test_a_damaged_merge_stops_the_pruning_of_its_branches(whole, tmp_path):
+    recipe, _, _, _ = whole
+    run(recipe, tmp_path / "run", rounds=1)
+    file = tmp_path / "run/round_01/merged/checkpoint/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="its SHA-256 differs"):
+        run(recipe, tmp_path / "run", "keep_branches=last")
+    assert (tmp_path / "run/round_01/branches/plain/checkpoint/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_weights_in_between_are_made_from_adapters_and_pruned_with_the_branch(whole_lora, tmp_path):
+    recipe, folder, _, _ = whole_lora
+    changes = ["evaluate.every_steps=2"]
+    run(recipe, tmp_path / "run", *changes, rounds=1)
+    stage = tmp_path / "run/round_01/branches/plain"
+    last, between = (load_file(stage / part / "model.safetensors") for part in ("checkpoint", "steps/000002"))
+    start = load_file(recipe.parent / "student/model.safetensors")
+    assert last.keys() == between.keys() == start.keys()
+    q_proj = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(between[q_proj], start[q_proj].float())
+    assert not torch.equal(between[q_proj], last[q_proj])
+    assert hash_file(stage / "checkpoint/model.safetensors") == hash_file(
+        folder / "round_01/branches/plain/checkpoint/model.safetensors"
+    )
+    scores = json.loads((tmp_path / "run/round_01/evaluation.json").read_text())
+    assert {"plain@2", "wordy@2"} <= scores.keys()
+    _, said = run(recipe, tmp_path / "run", *changes, "keep_branches=none")
+    assert "round_01/branches/plain: checkpoint pruned (keep_branches: none)" in said
+    assert sorted(path.name for path in stage.iterdir()) == ["adapter", "done.json", "metrics.jsonl", "pruned.json"]

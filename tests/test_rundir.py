@@ -83,3 +83,22 @@ def test_too_little_space_is_said_before_work_begins(tmp_path):
     with pytest.raises(UserError, match="GB are free"):
         rundir.require_space(tmp_path / "not" / "yet", 2**60, "this")
     rundir.require_space(tmp_path, 1, "this")
+
+
+def test_a_pruned_stage_is_done_without_its_checkpoint(tmp_path):
+    stage = tmp_path / "stage"
+    (stage / "checkpoint").mkdir(parents=True)
+    (stage / "checkpoint" / "model.safetensors").write_bytes(b"weights")
+    (stage / "metrics.jsonl").write_text("{}")
+    record = rundir.write_done(stage, {"seed": 1})
+    digest = rundir.checkpoint_digest(record)
+    assert rundir.prune_checkpoint(stage)
+    assert not rundir.prune_checkpoint(stage)
+    assert sorted(path.name for path in stage.iterdir()) == ["done.json", "metrics.jsonl", "pruned.json"]
+    assert rundir.read_json(stage / "pruned.json") == {"pruned": True, "freed_bytes": 7}
+    found = rundir.read_done(stage)
+    assert found == {**record, "pruned": True}
+    assert rundir.checkpoint_digest(found) == digest
+    assert rundir.damage(stage, found, hashes=True) is None
+    (stage / "metrics.jsonl").write_text("")
+    assert "metrics.jsonl" in rundir.damage(stage, found, hashes=True)

@@ -13,7 +13,7 @@ import pytest
 from vllm_server import SERVABLE, SMALL, find_vllm_python, vllm_serve
 
 from motkit.errors import UserError
-from motkit.generate import generate_texts, generate_traces
+from motkit.generate import Generation, continue_with_vllm, generate_texts, generate_traces
 from motkit.recipe import load_recipe
 
 PYTHON = find_vllm_python()
@@ -119,17 +119,80 @@ def test_the_offline_engine_generates_and_is_gone_afterwards(pico, tmp_path, mon
     recipe = write_recipe(
         tmp_path, pico, model=str(pico), engine="vllm", engine_args=ENGINE_ARGS, python=PYTHON, sampling=sampling
     )
+    with (tmp_path / "problems.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "long", "prompt": "7" * 600, "answer": "1"}) + "\n")
     before = set(processes_with(str(pico)))  # the server of the other tests
     report = generate_traces(load_recipe(recipe), tmp_path / "run", progress=False)
-    assert (report["pico"]["answered"], report["pico"]["missing"]) == (6, 0)
+    assert (report["pico"]["answered"], report["pico"]["rejected"], report["pico"]["missing"]) == (6, 1, 0)
     texts = greedy(pico)
     for line in (tmp_path / "run/generated/pico.jsonl").read_text().splitlines():
         row = json.loads(line)
-        assert texts[row["problem_id"]].startswith((row["response"] or row["reasoning"])[:10])
+        assert texts.get(row["problem_id"], "").startswith((row["response"] or row["reasoning"])[:10])
     deadline = time.monotonic() + 5.0  # for the system to bury them
     while (left := set(processes_with(str(pico))) - before) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == set()
+
+
+@pytest.fixture(scope="module")
+def continued(pico, tmp_path_factory):
+    """Prompts of several lengths; what vLLM made of them greedily, as it arrived and as it was returned."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(pico)
+    prompts = [list(tokenizer(text)["input_ids"]) for text in ("1+2?", "12 times 3 is", "x", "what is 7 minus 5")]
+    # In a random model any token is as good an end as another: one that ends some texts early and others not.
+    ends = [tokenizer.eos_token_id, *tokenizer("e")["input_ids"]]
+    arrived, before = [], set(processes_with(str(pico)))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SMALL.items():
+            patch.setenv(name, value)
+        made = continue_with_vllm(
+            pico, prompts, samples=1, temperature=0.0, top_p=1.0, max_tokens=24, end_ids=ends, seed=0,
+            engine_args={"dtype": "float32", "enforce_eager": True}, python=PYTHON,
+            log=tmp_path_factory.mktemp("log") / "vllm.log",
+            on_ready=lambda: arrived.append("ready"), on_result=lambda *result: arrived.append(result),
+        )  # fmt: skip
+        wait_until(lambda: set(processes_with(str(pico))) <= before, 5)  # all that it started is gone
+    return tokenizer, prompts, ends, arrived, made
+
+
+def test_continuations_are_those_of_transformers(pico, continued):
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, prompts, ends, arrived, made = continued
+    expected = generate_texts(
+        AutoModelForCausalLM.from_pretrained(pico, dtype="float32").eval(), tokenizer, prompts, samples=1,
+        temperature=0.0, top_p=1.0, max_tokens=24, end_ids=ends, batch_size=1, seed=0,
+    )  # fmt: skip
+    assert made == expected
+    assert len({generation.text for (generation,) in made}) > 1
+    assert arrived[0] == "ready"
+    assert sorted(arrived[1:]) == [(number, 0, generation) for number, (generation,) in enumerate(made)]
+
+
+def test_continuations_are_sampled_with_seeds_of_their_own_and_known_ones_are_not_asked(pico, tmp_path, monkeypatch):
+    for name, value in SMALL.items():
+        monkeypatch.setenv(name, value)
+    settings = {
+        "samples": 3, "temperature": 1.0, "top_p": 0.9, "max_tokens": 12, "end_ids": [1], "python": PYTHON,
+        "engine_args": {"dtype": "float32", "enforce_eager": True}, "log": tmp_path / "vllm.log",
+    }  # fmt: skip
+    first = continue_with_vllm(pico, [[5, 6, 7], [8, 9]], seed=3, **settings)
+    assert len({generation.text for of_prompt in first for generation in of_prompt}) == 6
+    known = {(0, 0): Generation("was there", 2, "stop"), (1, 2): first[1][2]}
+    arrived = []
+    again = continue_with_vllm(
+        pico, [[5, 6, 7], [8, 9]], seed=3, known=known, on_result=lambda *result: arrived.append(result[:2]), **settings
+    )
+    assert again == [[Generation("was there", 2, "stop"), *first[0][1:]], first[1]]
+    assert sorted(arrived) == [(0, 1), (0, 2), (1, 0), (1, 1)]
+    everything = {(number, sample): first[number][sample] for number in range(2) for sample in range(3)}
+    # Nothing to ask: no process is started, so that it need not be there.
+    nothing = {**settings, "python": "/nowhere/python"}
+    assert continue_with_vllm(pico, [[5, 6, 7], [8, 9]], seed=3, known=everything, **nothing) == first
+    with pytest.raises(UserError, match="no interpreter at /nowhere/python"):
+        continue_with_vllm(pico, [[5, 6, 7], [8, 9]], seed=3, **nothing)
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])

@@ -5,114 +5,35 @@ Three views: the task vectors' cosine and sign agreement by layer and round, the
 that of the branches, and the loss of every branch on every teacher's held-out traces before and after the merge.
 """
 
-import itertools
 import math
-import re
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from motkit import figures
-from motkit.analysis.models import load_weights
 from motkit.analysis.runs import Run
-from motkit.errors import UserError
+from motkit.merge_agreement import COLUMNS, measure_agreement, read_agreement
 
 if TYPE_CHECKING:
     import pandas
-
-COLUMNS = ["layer", "metric", "first", "second", "value"]
 
 
 def compute_agreement(run: Run) -> "pandas.DataFrame":
     """The agreement report of every round; columns round, layer, metric, first, second, value.
 
-    Read from the merge's ``agreement.csv``; computed from the checkpoints where a run has none.
+    Read from the merge's ``agreement.csv``; computed from the checkpoints where a run has none (and has not pruned
+    them).
     """
     import pandas
 
-    parts = []
+    rows = []
     for number in run.rounds_done:
-        file = run.folder.merged(number) / "agreement.csv"
-        if file.is_file():
-            part = pandas.read_csv(file, dtype={"layer": str, "first": str, "second": str}, keep_default_na=False)
-            part["value"] = part["value"].astype(float)
-        else:
-            part = measure(run.student(number - 1), run.branches(number), run.student(number))
-        part.insert(0, "round", number)
-        parts.append(part)
-    if not parts:
-        return pandas.DataFrame(columns=["round", *COLUMNS])
-    return pandas.concat(parts, ignore_index=True)
-
-
-def layer_of(name: str) -> str:
-    """The layer of a tensor: its number, or embed, lm_head, norm; else its own name."""
-    numbered = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.", name)
-    if numbered:
-        return numbered[1]
-    for group, pattern in (("embed", r"embed|wte|wpe"), ("lm_head", r"lm_head|embed_out"), ("norm", r"norm|ln_f")):
-        if re.search(pattern, name):
-            return group
-    return name.removesuffix(".weight")
-
-
-def measure(start: Path, branches: Mapping[str, Path], merged: Path) -> "pandas.DataFrame":
-    """The agreement report from checkpoints, in float64: `COLUMNS`, ``model`` first, then layer by layer.
-
-    With δ_k = branch k − start and u = merged − start: task_vector_norm ‖δ_k‖, cosine, sign_agreement (of the elements
-    that both changed, the share that moved the same way), merged_norm ‖u‖, survival ‖u‖ / mean ‖δ_k‖.
-
-    Raises:
-        UserError: a branch has other tensors than the start.
-    """
-    import pandas
-
-    base = load_weights(start)
-    vectors = {name: load_weights(path) for name, path in branches.items()} | {"": load_weights(merged)}
-    for name, weights in vectors.items():
-        if weights.keys() != base.keys():
-            odd = sorted(weights.keys() ^ base.keys())[0]
-            where = branches.get(name, merged)
-            raise UserError(f"{where}: has other tensors than {start} (the first: {odd}); it is no branch of it")
-    names = [*vectors]
-    pairs = list(itertools.combinations(names[:-1], 2))
-    inner: dict[str, dict[tuple[str, str], float]] = {}
-    for tensor in base:
-        deltas = {name: vectors[name][tensor].double().sub_(base[tensor].double()).flatten() for name in names}
-        signs = {name: delta.sign() for name, delta in deltas.items() if name}
-        for layer in ("model", layer_of(tensor)):
-            sums = inner.setdefault(layer, {})
-            for name in names:
-                sums["norm", name] = sums.get(("norm", name), 0.0) + float(deltas[name] @ deltas[name])
-            for one, other in pairs:
-                product = signs[one] * signs[other]
-                for key, value in (
-                    ("dot", float(deltas[one] @ deltas[other])),
-                    ("same", float((product > 0).sum())),
-                    ("both", float((product != 0).sum())),
-                ):
-                    place = (key, f"{one}\n{other}")
-                    sums[place] = sums.get(place, 0.0) + value
-    layers = sorted(
-        (layer for layer in inner if layer != "model"), key=lambda layer: (not layer.isdigit(), layer.zfill(6))
-    )
-    rows: list[tuple[str, str, str, str, float]] = []
-    for layer in ["model", *layers]:
-        sums = inner[layer]
-        norms = {name: math.sqrt(sums["norm", name]) for name in names}
-        rows += [(layer, "task_vector_norm", name, "", norms[name]) for name in names[:-1]]
-        for one, other in pairs:
-            length = norms[one] * norms[other]
-            rows.append((layer, "cosine", one, other, sums["dot", f"{one}\n{other}"] / length if length else math.nan))
-        for one, other in pairs:
-            both = sums["both", f"{one}\n{other}"]
-            rows.append(
-                (layer, "sign_agreement", one, other, sums["same", f"{one}\n{other}"] / both if both else math.nan)
-            )
-        mean = sum(norms[name] for name in names[:-1]) / len(branches)
-        rows.append((layer, "merged_norm", "", "", norms[""]))
-        rows.append((layer, "survival", "", "", norms[""] / mean if mean else math.nan))
-    return pandas.DataFrame(rows, columns=COLUMNS)
+        values = read_agreement(run.folder.merged(number) / "agreement.csv")
+        branches = run.branches(number)
+        if not values and branches.keys() == run.branch_stages(number).keys():
+            values = measure_agreement(run.student(number - 1), branches, run.student(number))
+        rows += [{"round": number, **asdict(value)} for value in values]
+    return pandas.DataFrame(rows, columns=["round", *COLUMNS])
 
 
 def compute_cross_losses(run: Run) -> "pandas.DataFrame":

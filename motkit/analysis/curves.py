@@ -58,8 +58,8 @@ def compute_training(runs: Sequence[Run]) -> "pandas.DataFrame":
     for run in runs:
         losses: dict[int, list[float]] = {}
         for number in run.rounds_done:
-            for name in run.branches(number):
-                text = (run.folder.branch(number, name) / "metrics.jsonl").read_text(encoding="utf-8")
+            for stage in run.branch_stages(number).values():
+                text = (stage / "metrics.jsonl").read_text(encoding="utf-8")
                 for line in map(json.loads, text.splitlines()):
                     losses.setdefault((number - 1) * run.branch_steps + line["step"], []).append(line["loss"])
         rows += [{**_place(run), "steps": step, "loss": sum(some) / len(some)} for step, some in sorted(losses.items())]
@@ -79,7 +79,7 @@ def compute_final(runs: Sequence[Run]) -> "pandas.DataFrame":
         scores = run.evaluation(last).get("merged" if last else "base", {})
         stages = []
         for number in run.rounds_done:
-            stages += [run.folder.branch(number, name) for name in run.branches(number)] + [run.folder.merged(number)]
+            stages += [*run.branch_stages(number).values(), run.folder.merged(number)]
         records = [record for record in map(rundir.read_done, stages) if record]
         costs = [record.get("cost", {}) for record in records]
         rows.append(

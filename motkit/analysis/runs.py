@@ -15,7 +15,7 @@ from motkit.recipe import Recipe
 from motkit.render import RenderedTrace
 from motkit.rundir import RunDir
 from motkit.summary import load_recorded_recipe
-from motkit.traces import Trace, read_problems, read_traces
+from motkit.traces import Trace, read_traces
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,15 @@ class Run:
             raise UserError(f"{self.folder.root}: no round is done yet; finish it with 'motkit round … --all'")
         return self.student(self.rounds_done[-1])
 
-    def branches(self, number: int) -> dict[str, Path]:
-        """The branch checkpoints of a round, by name."""
+    def branch_stages(self, number: int) -> dict[str, Path]:
+        """The stage folders of a round's branches that are done, by name: records and logs, perhaps no weights."""
         folders = {name: self.folder.branch(number, name) for name in self.recipe.branch_names}
-        return {name: folder / "checkpoint" for name, folder in folders.items() if rundir.read_done(folder)}
+        return {name: folder for name, folder in folders.items() if rundir.read_done(folder)}
+
+    def branches(self, number: int) -> dict[str, Path]:
+        """The branch checkpoints of a round, by name; those that ``keep_branches`` has pruned are left out."""
+        stages = {name: folder / "checkpoint" for name, folder in self.branch_stages(number).items()}
+        return {name: checkpoint for name, checkpoint in stages.items() if (checkpoint / "config.json").is_file()}
 
     def evaluation(self, number: int) -> dict[str, dict[str, Any]]:
         """Scores of a round by name: ``base``, branches, ``NAME@STEP``, ``merged``."""
@@ -94,9 +99,9 @@ class Run:
     def heldout_traces(self) -> dict[str, list[RenderedTrace]]:
         """The traces that the run's held-out loss is taken on, in the student's tokens, by set; may be empty."""
         settings = self.recipe.evaluate
-        if settings is None or not settings.problems or not settings.traces:
+        if settings is None or settings.problem_source is None or not settings.traces:
             return {}
-        problems = read_problems(Path(settings.problems))
+        _, problems = importing.source_problems(settings.problem_source, self.folder.source("evaluate.problems"))
         return {
             name: render_traces(self.base, problems, read_traces(Path(file), problems))
             for name, file in settings.traces.items()
