@@ -264,6 +264,35 @@ def test_a_comparisons_table_has_the_intervals(comparison, tmp_path):
     assert "<td>50.0 ± 12.5</td>" in text
 
 
+def test_a_comparison_that_motkit_made(tmp_path):
+    """The real thing: its arms, another merge config, scores in between, its table."""
+    from motkit.compare import run_comparison
+
+    recipe = load_recipe(write_experiment(tmp_path / "recipe", make_pico_checkpoint), ["evaluate.every_steps=2"])
+    root = tmp_path / "real"
+    arms = ["base", "std", "mot", "mot/ties"]
+    run_comparison(
+        recipe, root, arms=arms, seeds=[0], leave_out=["wordy"], progress=False, say=lambda line: None
+    )  # fmt: skip
+    some = runs.open_runs([root])
+    names = {"base", "STD plain", "STD wordy", "MoT", "MoT ties", "MoT without wordy"}
+    assert {run.name for run in some.runs} == names
+    tables = curves.compute_curves(some, "std", "mot")
+    between = tables["scores"][(tables["scores"]["kind"] == "between") & (tables["scores"]["name"] == "STD plain")]
+    assert {2, 4, 6} <= set(between["steps"])
+    recorded = pandas.read_csv(root / "compare_runs.csv").set_index("run")
+    ours = curves.compute_costs(some)["costs"]
+    for run, row in zip(some.runs, ours.to_dict(orient="records"), strict=True):
+        theirs = recorded.loc[run.folder.root.relative_to(root.resolve()).as_posix()]
+        for column in ("accuracy", "heldout_loss", "branch_steps", "tokens", "flops"):
+            assert row[column] == pytest.approx(theirs[column]), (run.name, column)
+    for name in ("fig1_best_teacher", "fig3_training_curves", "fig4_leave_one_out", "fig_cost"):
+        ran = CliRunner().invoke(script(name), ["--run", str(root), "--out", str(tmp_path / "out")])
+        assert ran.exit_code == 0, ran.output
+    text = report.write_report(root, tmp_path / "report", with_confidence=False, progress=False).read_text()
+    assert "MoT ties" in text
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     ran = CliRunner().invoke(cli.main, ["report", str(tmp_path)])
     assert ran.exit_code == 2

@@ -101,9 +101,10 @@ class Run:
         settings = self.recipe.evaluate
         if settings is None or settings.problem_source is None or not settings.traces:
             return {}
-        _, problems = importing.source_problems(settings.problem_source, self.folder.source("evaluate.problems"))
+        imported = self.folder.source("evaluate.problems")
+        known, asked = importing.source_problems(settings.problem_source, imported)
         return {
-            name: render_traces(self.base, problems, read_traces(Path(file), problems))
+            name: render_traces(self.base, asked, [t for t in read_traces(Path(file), known) if t.problem_id in asked])
             for name, file in settings.traces.items()
         }
 
