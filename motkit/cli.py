@@ -454,6 +454,21 @@ def status_command(run: Path, verbose: bool, as_json: bool) -> None:
             _print_costs(f"{run}: by stage", costs)
 
 
+@main.command("report")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write into.  [default: RUN/report]")
+@click.option("--format", "form", type=click.Choice(["html", "md"]), default="html", show_default=True)
+@click.option("--confidence/--no-confidence", default=True, help="Score tokens too: loads the base and the student.")
+def report_command(run: Path, out: Path | None, form: str, confidence: bool) -> None:
+    """Write what a run or a comparison was and how it went on one page, with figures, and print its path.
+
+    The HTML is one file without scripts that loads nothing from elsewhere.
+    """
+    from motkit.analysis.report import write_report
+
+    click.echo(str(write_report(run, out, form=form, with_confidence=confidence, progress=sys.stderr.isatty())))
+
+
 @main.group("recipes", invoke_without_command=True)
 @click.pass_context
 def recipes_group(context: click.Context) -> None:

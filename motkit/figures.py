@@ -83,11 +83,13 @@ SEQUENTIAL = "cividis"
 
 
 def arm_style(arm: str) -> Style:
-    """Style of an arm: base, std, mtd, posthoc, mot, leave_out.
+    """Style of an arm: base, std, mtd, posthoc, mot, leave_out; ``mot/CONFIG`` looks like mot with another marker.
 
     Raises:
         KeyError: there is no such arm.
     """
+    if arm.startswith("mot/"):
+        return Style(_ARMS["mot"].colour, "P", (0, (4, 1, 1, 1)))
     return _ARMS[arm]
 
 
@@ -115,7 +117,7 @@ def house_style() -> Iterator[None]:
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_RC)  # type: ignore[arg-type]
+        matplotlib.rcParams.update(_RC)
         yield
 
 
@@ -144,6 +146,20 @@ def plot_band(
     axes.plot(x, mean, **keywords)
     if numpy.isfinite(spread).any() and len(x) > 1:
         axes.fill_between(x, mean - spread, mean + spread, color=style.colour, alpha=BAND_ALPHA, linewidth=0)
+
+
+def log_axis(axes: Any) -> None:
+    """A logarithmic y axis whose labels are plain numbers, also where it spans less than a decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    subs: tuple[float, ...] = (1.0, 2.0, 5.0) if high / max(low, 1e-300) > 12 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    if high / max(low, 1e-300) > 3000:
+        subs = (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def to_svg(figure: Any, stem: str) -> str:
