@@ -154,9 +154,14 @@ def log_axis(axes: Any) -> None:
 
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    subs: tuple[float, ...] = (1.0, 2.0, 5.0) if high / max(low, 1e-300) > 12 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
-    if high / max(low, 1e-300) > 3000:
-        subs = (1.0,)
+    ratio = high / max(low, 1e-300)
+    subs: tuple[float, ...] = (1.0,)
+    if ratio < 3:
+        subs = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+    elif ratio < 12:
+        subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    elif ratio < 3000:
+        subs = (1.0, 2.0, 5.0)
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())

@@ -73,6 +73,12 @@ def test_a_figure_is_the_same_from_its_csv_alone(name, comparison, tmp_path):
     assert tables
     assert all(len(pandas.read_csv(table).columns) > 1 for table in tables)
     first = {ending: (tmp_path / f"{name}{ending}").read_bytes() for ending in (".png", ".svg")}
+    for points in tmp_path.glob("*.points.jsonl"):
+        known = points.read_bytes()
+        ran = CliRunner().invoke(script(name), ["--run", str(comparison), "--out", str(tmp_path), *options])
+        assert ran.exit_code == 0, ran.output
+        assert points.read_bytes() == known  # nothing is computed twice
+        assert (tmp_path / f"{name}.png").read_bytes() == first[".png"]
     alone = tmp_path / "alone"
     shutil.copytree(tmp_path / name, alone / name)
     again = CliRunner().invoke(script(name), ["--redraw", "--out", str(alone)])

@@ -214,6 +214,7 @@ def test_hessian_products_are_those_of_an_explicit_hessian(pico):
         torch.testing.assert_close(operator.matvec(unit), row, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_top_eigenvalues_trace_and_ggn_of_a_model(pico):
     pytest.importorskip("hessian_eigenthings")
     traces = some_traces((5, 9))

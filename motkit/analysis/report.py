@@ -317,7 +317,7 @@ nav { font-size: .9rem; } nav a { margin-right: .9rem; display: inline-block; } 
 .wide { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+th.words, td.words { text-align: left; }
 figure { margin: 1rem 0; } figure > div { overflow-x: auto; }
 figure svg { max-width: 100%; height: auto; display: block; }
 figcaption { color: #555; font-size: .88rem; margin-top: .3rem; }
@@ -360,8 +360,13 @@ def _block_html(page: Page, block: Sequence[Any]) -> str:
         size = "large" if page.drawn[content].get_figwidth() > 7 else "small"
         return f'<figure><div class="{size}">{svg}</div><figcaption>{html.escape(block[2])}</figcaption></figure>'
     heading, *rows = content
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in heading) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+    words = [any(cell[:1].isalpha() for cell in column) for column in zip(*rows, strict=True)] or [False] * len(heading)
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        starts = [f'<{tag} class="words">' if wordy else f"<{tag}>" for wordy in words]
+        return "".join(f"{start}{html.escape(cell)}</{tag}>" for start, cell in zip(starts, cells, strict=True))
+
+    lines = [f"<tr>{line(heading, 'th')}</tr>", *(f"<tr>{line(row, 'td')}</tr>" for row in rows)]
     return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>"
 
 
