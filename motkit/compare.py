@@ -136,6 +136,7 @@ def arm_recipe(recipe: Recipe, run: ArmRun) -> Recipe:
         factor = num_teachers if run.budget == "compute" else 1
         # The mean of one branch is the branch, whatever the recipe's merge does to several.
         values |= {"rounds": 1, "merge": "mot", "train": recipe.train | {"max_steps": total * factor}}
+        values |= {"weights": None, "server": None}
         values["evaluate"] |= {"branches": False}
         if recipe.evaluate.every_steps:
             values["evaluate"]["every_steps"] = recipe.evaluate.every_steps * factor
@@ -151,6 +152,8 @@ def arm_recipe(recipe: Recipe, run: ArmRun) -> Recipe:
         values["merge"] = str(Path(name).resolve()) if Path(name).is_file() else name
     elif run.left_out:
         values["teachers"] = [teacher for teacher in values["teachers"] if teacher["name"] != run.left_out]
+        if isinstance(recipe.weights, dict):
+            values["weights"] = {name: weight for name, weight in recipe.weights.items() if name != run.left_out}
     return Recipe.model_validate(values)
 
 
@@ -233,6 +236,7 @@ def summarise_comparison(root: str | Path) -> Comparison:
         arms = _with_losses(arms, Path(clean))
     rundir.write_text(folder.root / "compare_runs.csv", table.to_csv(index=False))
     rundir.write_text(folder.root / "compare.csv", arms.to_csv(index=False))
+    rundir.write_json(folder.root / "comparison.json", {**record, "sentences": [*sentences, *caveats(arms)]})
     _draw(arms, table, folder.root)
     return Comparison(arms, table, sentences)
 
