@@ -235,7 +235,7 @@ def evaluate_command(
     sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
     values: dict[str, Any] = {"preset": preset, "problems": problems, "verifier": verifier, "samples": samples}
     values |= {"sampling": {key: value for key, value in sampling.items() if value is not None} or None}
-    values |= {"traces": dict(_pair("--traces", pair) for pair in traces) or None}
+    values |= {"traces": dict(_pair("--traces", pair, "NAME=FILE") for pair in traces) or None}
     values |= {"engine": engine, "batch_size": batch_size}
     found: dict[str, Any] = {}
     if problems or preset or traces or not tasks:
@@ -409,7 +409,7 @@ def import_command(
     """
     from motkit import importing, traces
 
-    mapping = dict(_pair("--columns", pair) for pair in columns)
+    mapping = dict(_pair("--columns", pair, "KEY=COLUMN, such as id=problem_id") for pair in columns)
     if out.exists():
         raise UserError(f"{out}: exists already; delete it or name another file")
     if kind == "problems":
@@ -560,10 +560,10 @@ def _print_summary(table: "pandas.DataFrame", folder: Path, as_json: bool) -> No
     )
 
 
-def _pair(option: str, text: str) -> tuple[str, str]:
+def _pair(option: str, text: str, what: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key or not value:
-        raise UserError(f"{option} {text!r}: expected KEY=VALUE")
+        raise UserError(f"{option} {text!r}: expected {what}")
     return key, value
 
 

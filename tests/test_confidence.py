@@ -76,6 +76,7 @@ def test_the_models_body_is_its_own_again_after_an_error(tmp_path):
     assert all((a.log_probability == b.log_probability).all() for a, b in zip(first, again, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads peak memory as Linux reports it")
 def test_a_long_trace_never_holds_its_logits(tmp_path):
     # 1,024 tokens × 152k entries of float32 are 623 MB; the whole is measured in a process of its own.

@@ -250,6 +250,7 @@ def test_pickled_weights_only_where_they_are_allowed(method, family, tmp_path):
 OWN = ("mot_ties", "mot_median", "mot_trimmed_mean", "mot_geometric_median")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_own_methods_stream_what_stock_mergekit_gives(dtype, family, tmp_path, monkeypatch):
     """Per tensor, which is all that stock mergekit can do; with small spans, so that a tensor has many."""
@@ -396,6 +397,7 @@ def test_one_poisoned_branch_of_three(family, make_pico, tmp_path):
     assert all(distance <= 1.01 for distance in distances.values()), distances
 
 
+@pytest.mark.slow
 def test_mergekits_commands_know_our_methods(family, tmp_path):
     student, (alpha, beta, gamma) = family()
     models = [{"model": str(alpha)}, {"model": str(beta)}, {"model": str(gamma)}]
