@@ -462,32 +462,32 @@ def _draw(arms: "pandas.DataFrame", runs: "pandas.DataFrame", out: Path) -> None
     """``compare.png`` and ``compare.svg``: a panel per budget; a dot per seed, mean and standard deviation."""
     from motkit import figures
 
+    keys = ["arm", "teacher", "left_out"]
+    arms, runs = (table.fillna(dict.fromkeys(keys, "")) for table in (arms, runs))
     budgets = list(dict.fromkeys(arms["budget"]))
-    most = max(len(arms[arms["budget"] == budget]) for budget in budgets)
+    names = list(dict.fromkeys(arms[keys].itertuples(index=False, name=None)))
     titles = {"steps": "equal steps per branch", "compute": "equal compute (branch-steps in all)"}
     with figures.house_style():
-        size = {"width_in": 1.6 + 3.4 * len(budgets), "height_in": 1.1 + 0.32 * most}
+        size = {"width_in": 1.9 + 3.3 * len(budgets), "height_in": 1.0 + 0.34 * len(names)}
         figure, axes = figures.new_figure(1, len(budgets), **size)
-        for column, budget in enumerate(budgets):
-            panel, part = axes[0, column], arms[arms["budget"] == budget].reset_index(drop=True)
-            for place, row in part.iterrows():
-                style = figures.arm_style(row["arm"] if row["arm"] in figures.ARM_NAMES else "mot")
-                own = runs[runs["budget"].isin([budget, "both"]) & (runs["arm"] == row["arm"])]
-                for key in ("teacher", "left_out"):
-                    own = own[own[key].fillna("") == (row[key] or "")]
-                y = len(part) - 1 - int(str(place))
-                spread = 0.0 if row["accuracy_std"] != row["accuracy_std"] else 100 * row["accuracy_std"]
+        for panel, budget in zip(axes[0], budgets, strict=True):
+            for row in arms[arms["budget"] == budget].to_dict(orient="records"):
+                name = tuple(row[key] for key in keys)
+                style = figures.arm_style(name[0] if name[0] in figures.ARM_NAMES else "mot")
+                own = runs[runs["budget"].isin([budget, "both"]) & (runs[keys] == name).all(axis=1)]
+                y = len(names) - 1 - names.index(name)
+                spread = 100 * row["accuracy_std"] if row["accuracy_std"] > 0 else None
                 panel.errorbar(
-                    100 * row["accuracy"], y, xerr=spread or None, color=style.colour, marker=style.marker,
-                    markersize=6, capsize=3, linestyle="none",
+                    100 * row["accuracy"], y, xerr=spread, color=style.colour, marker=style.marker, markersize=6,
+                    capsize=3, linestyle="none",
                 )  # fmt: skip
-                panel.plot(
-                    100 * own["accuracy"], [y - 0.24] * len(own), ".", color=style.colour, markersize=4, alpha=0.6
-                )
-            labels = [arm_label(*row) for row in part[["arm", "teacher", "left_out"]].itertuples(index=False)]
-            panel.set_yticks(range(len(part) - 1, -1, -1), labels if column == 0 else [""] * len(part))
-            panel.set_ylim(-0.6, len(part) - 0.4)
-            panel.set_xlabel("accuracy on held-out problems, %")
+                panel.plot(100 * own["accuracy"], [y - 0.27] * len(own), ".", color=style.colour, markersize=4)
+            panel.set_yticks(
+                range(len(names) - 1, -1, -1), [arm_label(*name) if panel is axes[0, 0] else "" for name in names]
+            )
+            panel.set_ylim(-0.6, len(names) - 0.4)
+            panel.set_xlim(100 * runs["accuracy"].min() - 3, 100 * runs["accuracy"].max() + 3)
+            panel.set_xlabel("accuracy on held-out problems, %\n(mean ± standard deviation; a dot per seed)")
             panel.set_title(titles[budget])
             panel.grid(visible=False, axis="y")
         figures.save(figure, out, "compare")
