@@ -14,14 +14,13 @@ from tqdm import tqdm
 from motkit import rundir
 from motkit.checkpoint import count_parameters, end_token_ids, load_tokenizer
 from motkit.errors import UserError
+from motkit.logits import mean_loss
 from motkit.meter import Meter
 from motkit.recipe import Evaluation
 from motkit.render import RenderedTrace, Renderer
 from motkit.scores import score
 from motkit.traces import SeedProblem
 
-# Logits of a batch, in float32: 2**28 bytes. A single longer trace is not split.
-_LOGITS_BYTES = 2**28
 _PACKAGES = ("motkit", "torch", "transformers", "math-verify", "reasoning-gym")
 
 
@@ -82,7 +81,7 @@ def evaluate_checkpoint(
         if heldout:
             losses, tokens = {}, {}
             for set_name, traces in heldout.items():
-                losses[set_name], tokens[set_name] = heldout_loss(model, traces)
+                losses[set_name], tokens[set_name] = mean_loss(model, traces)
                 if not math.isfinite(losses[set_name]):
                     raise UserError(f"{checkpoint}: the loss on held-out traces {set_name!r} is {losses[set_name]}")
                 read += sum(len(trace.input_ids) for trace in traces)
@@ -140,46 +139,6 @@ def evaluate_checkpoint(
         "peak_memory_bytes": meter.peak_memory_bytes,
     }
     return {"scores": scores, "cost": cost, "engine": engine, "versions": versions}
-
-
-def heldout_loss(model: Any, traces: Sequence[RenderedTrace]) -> tuple[float, int]:
-    """(mean negative log-likelihood in nats per completion token, number of those tokens), teacher-forced.
-
-    Summed in float64 over all tokens of all traces: a long trace weighs more than a short one, as in training.
-    """
-    import torch
-
-    vocabulary = model.config.get_text_config().vocab_size
-    total, count = 0.0, 0
-    pending: list[RenderedTrace] = []
-
-    def flush() -> None:
-        nonlocal total, count
-        longest = max(len(trace.input_ids) for trace in pending)
-        ids = torch.zeros(len(pending), longest, dtype=torch.long)  # (B, T), padded on the right
-        labels = torch.full_like(ids, -100)
-        mask = torch.zeros_like(ids)
-        for row, trace in enumerate(pending):
-            length = len(trace.input_ids)
-            ids[row, :length] = torch.tensor(trace.input_ids)
-            labels[row, :length] = torch.tensor(trace.labels)
-            mask[row, :length] = 1
-        with torch.inference_mode():
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits  # (B, T, V)
-        targets = labels[:, 1:].to(model.device)
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
-        )
-        total += losses.double().sum().item()
-        count += int((targets != -100).sum())
-        pending.clear()
-
-    for trace in sorted(traces, key=lambda trace: len(trace.input_ids)):
-        if pending and (len(pending) + 1) * len(trace.input_ids) * vocabulary * 4 > _LOGITS_BYTES:
-            flush()
-        pending.append(trace)
-    flush()
-    return total / count, count
 
 
 def _graded(

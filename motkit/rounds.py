@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from motkit import (
     adapters,
-    evaluate,
     generate,
     importing,
     merge,
@@ -33,6 +32,7 @@ from motkit import (
 from motkit import checkpoint as checkpoints
 from motkit.errors import UserError
 from motkit.filter import LOSSES, PreparedTraces, filter_traces
+from motkit.logits import mean_loss
 from motkit.meter import Meter
 from motkit.recipe import Recipe, Teacher, missing_data_remedy
 from motkit.render import RenderedTrace, Renderer
@@ -637,7 +637,7 @@ class _Run:
             traces = weights_subset(self.scorer.heldout)
             mean = merge_weights.MeanInMemory([branch.path for branch in branches.values()])
             search = merge_weights.search_weights(
-                lambda weights: evaluate.heldout_loss(mean.set_weights(weights), traces)[0], len(branches)
+                lambda weights: mean_loss(mean.set_weights(weights), traces)[0], len(branches)
             )
             chosen = dict(zip(branches, search.weights, strict=True))
             found = {key: value for key, value in asdict(search).items() if key != "weights"} | {"traces": len(traces)}

@@ -118,7 +118,7 @@ def test_the_summary_has_a_row_for_everything(whole):
 def test_the_heldout_loss_is_that_of_a_plain_computation(whole):
     from test_train import rows
 
-    from motkit.evaluate import heldout_loss
+    from motkit.logits import mean_loss
 
     _, folder, _, _ = whole
     model = AutoModelForCausalLM.from_pretrained(folder / "round_02/merged/checkpoint").double()
@@ -129,7 +129,7 @@ def test_the_heldout_loss_is_that_of_a_plain_computation(whole):
         for position in range(row.num_prompt_tokens, len(row.input_ids)):
             total -= log_p[position - 1, row.input_ids[position]].item()
             count += 1
-    loss, tokens = heldout_loss(model.float(), rows())
+    loss, tokens = mean_loss(model.float(), rows())
     assert tokens == count
     assert loss == pytest.approx(total / count, rel=1e-5)
 

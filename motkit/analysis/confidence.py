@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from motkit import figures, rundir
-from motkit.analysis.models import BATCH_TOKENS, CHUNK_BYTES, batches, load_model, target_logits
+from motkit.analysis.models import load_model
 from motkit.analysis.runs import Run
 from motkit.checkpoint import load_tokenizer
 from motkit.errors import UserError
+from motkit.logits import BATCH_TOKENS, CHUNK_BYTES, batches, target_logits
 from motkit.render import RenderedTrace
 
 if TYPE_CHECKING:

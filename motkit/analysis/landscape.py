@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from motkit import figures, rundir
-from motkit.analysis.models import batches, load_model, mean_loss, pad
+from motkit.analysis.models import load_model
 from motkit.analysis.runs import Run, Runs
 from motkit.checkpoint import weight_files
 from motkit.errors import UserError
+from motkit.logits import batches, mean_loss, pad
 from motkit.render import RenderedTrace
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def trace_objective(model: Any, traces: Sequence[RenderedTrace], *, batch_tokens
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
-    return Objective(model, parts, batch_loss, lambda: mean_loss(model, traces))
+    return Objective(model, parts, batch_loss, lambda: mean_loss(model, traces)[0])
 
 
 # Vectors in weight space
