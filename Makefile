@@ -5,6 +5,8 @@
 # make check   format, lint, types and the fast tests
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+# Threads that spin while they wait slow each other down several times on busy cores.
+export OMP_WAIT_POLICY ?= PASSIVE
 INSTALLED := .venv/installed
 VLLM := .venv-vllm/installed
 
