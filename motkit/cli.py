@@ -700,7 +700,7 @@ def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[st
 
     console = Console(file=sys.stdout)
     if not console.is_terminal:
-        console = Console(file=sys.stdout, width=160)
+        console = Console(file=sys.stdout, width=200)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     used = [number for number in range(len(headings)) if any(row[number] for row in rows)]
     for number in used:

@@ -12,6 +12,7 @@ import ast
 import difflib
 import gc
 import json
+import math
 import mmap
 import operator
 import os
@@ -204,7 +205,9 @@ def _same_object(gold: str, answer: str, factor: float) -> Judged:
         # 50% stands for 0.5 and for 50.
         plain, percent = (other, one) if "%" in gold else (one, other)
         return _EQUAL if _close(plain, percent) or _close(plain, 100 * percent) else _DIFFERENT
-    if not same:
+    infinite = _is_infinite(known[0]), _is_infinite(given[0])
+    if not same or set(infinite) == {True, False}:
+        # math-verify's comparison of a number with a power of infinities has come out either way.
         return _DIFFERENT
     if one is not None and other is not None and not _close(one, other):
         return False, "equal only when rounded"  # math-verify rounds to six decimals: 2e-7 would equal 3e-7
@@ -233,8 +236,19 @@ def _real(value: Any) -> float | None:
     return number.real if number.imag == 0 else None
 
 
+def _is_infinite(value: Any) -> bool | None:
+    """Whether an infinity is in an expression; None for an interval, a relation, …, which may be written without."""
+    import sympy
+
+    if not isinstance(value, sympy.Expr):
+        return None
+    return bool(value.has(sympy.oo, -sympy.oo, sympy.zoo, sympy.nan))
+
+
 def _close(one: float, other: float) -> bool:
-    return abs(one - other) <= 2e-6 * max(abs(one), abs(other)) or one == other
+    if math.isinf(one) or math.isinf(other):
+        return one == other
+    return abs(one - other) <= 2e-6 * max(abs(one), abs(other))
 
 
 # reasoning-gym

@@ -95,6 +95,17 @@ def test_verdicts_agree_with_a_careful_grader(judge):
     assert all(right and not got for right, got in differ.values()), "a wrong answer must never count as right"
 
 
+def test_an_infinity_is_no_number_whatever_the_library_says(monkeypatch):
+    import math_verify
+
+    from motkit import verify_worker
+
+    monkeypatch.setattr(math_verify, "verify", lambda *arguments, **keywords: True)
+    for infinite in (r"\infty", r"\infty^{\infty^{\infty}}", r"-\infty"):
+        assert verify_worker.compare_math({"gold": "7", "answer": infinite})[0] is False
+    assert verify_worker.compare_math({"gold": r"(-\infty, 3)", "answer": r"(-\infty, 3)"})[0] is True
+
+
 @pytest.mark.slow
 def test_a_hostile_answer_costs_at_most_its_time_limit_and_is_never_right():
     with Verifier("math", workers=1, time_limit_s=1.0) as judge:
