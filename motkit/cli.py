@@ -633,13 +633,14 @@ def _print_comparison(comparison: Any, folder: Path, as_json: bool) -> None:
         click.echo(json.dumps({"arms": arms, "runs": runs, "sentences": comparison.sentences}))
         return
     titles = {"steps": "equal steps per branch", "compute": "equal compute"}
-    headings = ["arm", "seeds", "accuracy %", "against the best teacher", "lost", "held-out loss", "branch-steps"]
+    peer = "the best teacher" if comparison.arms["best_teacher"].any() else "the base"
+    headings = ["arm", "seeds", "accuracy %", f"against {peer}", "lost", "held-out loss", "branch-steps"]
     headings += ["tokens", "TFLOPs", "seconds", "memory", "disk"]
     for budget in dict.fromkeys(comparison.arms["budget"]):
         rows = []
         for row in comparison.arms[comparison.arms["budget"] == budget].to_dict(orient="records"):
             spread = f" ± {100 * row['accuracy_std']:.1f}" if _known(row["accuracy_std"]) else ""
-            against = "the best teacher" if row["best_teacher"] else ""
+            against = peer if row["best_teacher"] else ""
             if _known(row.get("difference")):
                 interval = f"[{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
                 against = f"{100 * row['difference']:+.1f} {interval}"
