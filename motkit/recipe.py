@@ -477,7 +477,7 @@ class Recipe(_Section):
                     faults.append(f"weights.{name}: no such teacher{_nearest(name, names)}")
                 elif not 0 <= weight < float("inf"):
                     faults.append(f"weights.{name}: got {weight}, expected a number of at least 0")
-            if not sum(weights.values()) > 0:
+            if not faults and not sum(weights.values()) > 0:
                 faults.append("weights: all are 0; give at least one teacher a number above 0")
         if faults:
             raise ValueError("\n".join(faults))

@@ -187,7 +187,9 @@ def _summary_rows(table: "pandas.DataFrame") -> list[list[str]]:
 
 def _traces(run: Run) -> Section:
     section = Section("Teachers and what was kept of their traces")
-    report = rundir.read_json(run.folder.traces / "report.json")
+    # The arms of a comparison begin with what its filter kept.
+    prepared = run.folder.root.parent.parent / "prepared" / "traces" / "report.json"
+    report = rundir.read_json(prepared) or rundir.read_json(run.folder.traces / "report.json")
     if not report:
         section.blocks.append(("text", "The traces are not filtered yet."))
         return section
