@@ -17,7 +17,7 @@ from experiment import write_experiment
 from motkit import cli
 from motkit.analysis import agreement, curves, report, runs
 from motkit.analysis.models import load_weights
-from motkit.evaluate import heldout_loss
+from motkit.logits import mean_loss
 from motkit.recipe import load_recipe
 from motkit.rounds import run_rounds
 
@@ -204,7 +204,7 @@ def test_the_traces_of_a_run_are_those_of_its_evaluation(comparison):
     run = runs.open_runs([comparison]).main
     sets, what = run.traces()
     assert what == "held-out traces"
-    loss, _ = heldout_loss(load_model(run.final, dtype="float32", device="cpu"), sets["plain"])
+    loss, _ = mean_loss(load_model(run.final, dtype="float32", device="cpu"), sets["plain"])
     assert run.evaluation(2)["merged"]["heldout_loss_by_set"]["plain"] == pytest.approx(loss, rel=1e-6)
 
 
