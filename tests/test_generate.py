@@ -440,8 +440,9 @@ def test_interrupted_by_a_person(write, tmp_path):
         recipe = write(server, 40)
         command = [sys.executable, "-m", "motkit", "generate", recipe, "--run", tmp_path / "run"]
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
-        )
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+        )  # fmt: skip
         file = tmp_path / "run/generated/asked.jsonl"
         while not file.is_file() or file.read_bytes().count(b"\n") < 10:
             time.sleep(0.01)

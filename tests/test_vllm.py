@@ -200,7 +200,10 @@ def test_a_server_on_loan_does_not_outlive_us(pico, tmp_path, signal_number):
     model = shutil.copytree(pico, tmp_path / "model")
     recipe = write_recipe(tmp_path, pico, model=str(model), serve=True, engine_args=ENGINE_ARGS, python=PYTHON)
     command = [sys.executable, "-m", "motkit", "generate", recipe, "--run", tmp_path / "run"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, **SMALL})
+    process = subprocess.Popen(
+        command, stderr=subprocess.DEVNULL, env={**os.environ, **SMALL},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )  # fmt: skip
     wait_until(lambda: len(processes_with(str(model))) >= 2, 60)  # the watch, and the server
     process.send_signal(signal_number)
     assert process.wait(60) == (130 if signal_number == signal.SIGINT else -signal_number)
