@@ -56,7 +56,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/mypy recipes/quickstart/make_data.py
 	$(BIN)/mypy recipes/real-teachers-cpu/make_data.py
-	$(BIN)/python -m pytest -q -m 'not slow and not vllm'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow and not vllm'
 
 fix: $(INSTALLED)
 	$(BIN)/ruff format .
