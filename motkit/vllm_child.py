@@ -76,8 +76,17 @@ def run_vllm(arguments: list[str]) -> None:
     metadata.version = version
     from vllm.entrypoints.cli.main import main
 
+    if arguments[:1] == ["serve"] and no_chunked_prefill() and not any("chunked-prefill" in a for a in arguments):
+        arguments = [*arguments, "--no-enable-chunked-prefill"]
     sys.argv[:] = ["vllm", *arguments]
     sys.exit(main())
+
+
+def no_chunked_prefill() -> bool:
+    """Whether a prompt must go in whole: on a CPU, a request with a seed whose prompt is cut ends the engine (0.32)."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def generate() -> None:
@@ -97,6 +106,8 @@ def generate() -> None:
     # A prompt that is too long is a ValueError in some versions and an error of vLLM's own in others.
     own = getattr(sys.modules.get("vllm.exceptions"), "VLLMClientError", ValueError)
     chat = {key: first["engine_args"].pop(key) for key in ["chat_template"] if key in first["engine_args"]}
+    if no_chunked_prefill():
+        first["engine_args"].setdefault("enable_chunked_prefill", False)
     llm = vllm.LLM(model=first["model"], **first["engine_args"])
     say(ready=vllm.__version__)
     ended.wait()

@@ -195,6 +195,18 @@ def test_continuations_are_sampled_with_seeds_of_their_own_and_known_ones_are_no
         continue_with_vllm(pico, [[5, 6, 7], [8, 9]], seed=3, **nothing)
 
 
+def test_more_prompt_tokens_than_a_step_takes(pico, tmp_path, monkeypatch):
+    # On a CPU vLLM 0.32 cannot cut the prompt of a request with a seed over two steps.
+    for name, value in SMALL.items():
+        monkeypatch.setenv(name, value)
+    prompts = [[10 + number % 50, 11, 12, *range(10, 60)] for number in range(60)]
+    made = continue_with_vllm(
+        pico, prompts, samples=4, temperature=1.0, top_p=0.95, max_tokens=8, end_ids=[2], seed=1,
+        engine_args={"enforce_eager": True}, python=PYTHON, log=tmp_path / "log",
+    )  # fmt: skip
+    assert [len(samples) for samples in made] == [4] * 60
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
 def test_a_server_on_loan_does_not_outlive_us(pico, tmp_path, signal_number):
     model = shutil.copytree(pico, tmp_path / "model")
