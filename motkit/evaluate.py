@@ -5,7 +5,6 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def evaluate_checkpoint(
 
     scores: dict[str, Any] = {}
     read = generated = 0
-    versions = {package: _version(package) for package in _PACKAGES}
+    versions = dict.fromkeys(_PACKAGES) | rundir.installed_versions(_PACKAGES)
     with Meter() as meter:
         model = None
         if heldout or engine == "transformers":
@@ -210,10 +209,3 @@ class _Answers:
         plain = [answer.text, answer.num_tokens, answer.finish_reason]
         self._file.write(json.dumps({"problem": problem, "sample": sample, "answer": plain}) + "\n")
         self._file.flush()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,7 +140,7 @@ def evaluate_tasks(
                 "max_gen_toks": max_gen_toks,
                 "chat_template": wanted and templated,
                 "seed": seed,
-                "versions": _versions(),
+                "versions": rundir.installed_versions(_PACKAGES),
             }
         results = out / "general" / f"{name}.json"
         records[name] = _evaluate_checkpoint(
@@ -482,14 +481,6 @@ def _dtype() -> str:
     import torch
 
     return "bfloat16" if torch.cuda.is_available() else "float32"
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
 
 
 def _checkpoint_identity(checkpoint: Path) -> str:

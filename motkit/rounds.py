@@ -14,7 +14,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -696,10 +695,11 @@ class _Run:
 
     def _share(self, folder: Path, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
         """Link a branch from a run that made it from the same inputs; its record, or None if there is no such."""
+        wanted = json.loads(json.dumps(inputs))  # as a record holds them
         for other in self.shared:
             for stage in sorted(other.root.glob("round_*/branches/*/done.json")):
                 record = rundir.read_done(stage.parent)
-                if record is None or record.get("pruned") or record["inputs"] != json.loads(json.dumps(inputs)):
+                if record is None or record.get("pruned") or record["inputs"] != wanted:
                     continue
                 if rundir.damage(stage.parent, record, hashes=False) is not None:
                     continue
@@ -910,7 +910,7 @@ def _environment() -> dict[str, Any]:
             )
             commit = asked.stdout.strip() or None
     return {
-        "versions": {package: metadata.version(package) for package in _PACKAGES if _is_installed(package)},
+        "versions": rundir.installed_versions(_PACKAGES),
         "python": platform.python_version(),
         "motkit_commit": commit,
         "platform": platform.platform(),
@@ -918,14 +918,6 @@ def _environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _stage_of(model: Model) -> Path:

@@ -16,7 +16,8 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +356,15 @@ def link_file(source: str | Path, target: str | Path) -> None:
 def link_tree(source: Path, target: Path) -> None:
     """`link_file` of every file below ``source``. Safe because what is published is never edited."""
     shutil.copytree(source, target, copy_function=link_file, dirs_exist_ok=True)
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Package → version, of those that are installed here."""
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def require_space(folder: Path, num_bytes: int, what: str) -> None:

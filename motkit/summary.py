@@ -23,10 +23,7 @@ def summarise(run: str | Path) -> "pandas.DataFrame":
     """
     import pandas
 
-    folder = RunDir(Path(run).resolve())
-    if not folder.recipe.is_file():
-        raise UserError(f"{run}: not a run directory: no recipe.yaml in it")
-    recipe = load_recorded_recipe(folder)
+    folder, recipe = _open_run(run)
     columns = [
         *["round", "name", "kind", "steps", "tokens", "flops", "seconds", "train_loss"],
         *["accuracy", "standard_error", "heldout_loss", "checkpoint"],
@@ -86,10 +83,7 @@ def ledger(run: str | Path) -> "pandas.DataFrame":
     """
     import pandas
 
-    folder = RunDir(Path(run).resolve())
-    if not folder.recipe.is_file():
-        raise UserError(f"{run}: not a run directory: no recipe.yaml in it")
-    recipe = load_recorded_recipe(folder)
+    folder, recipe = _open_run(run)
     rows: list[dict[str, Any]] = []
     for name, report in rundir.read_json(folder.generated_report).items():
         samples = folder.generated(name)
@@ -141,6 +135,13 @@ def total_costs(table: "pandas.DataFrame") -> "pandas.DataFrame":
     totals.loc["total"] = table.assign(every="total").groupby("every").agg(**how).loc["total"]
     table = totals.reset_index()
     return table
+
+
+def _open_run(run: str | Path) -> tuple[RunDir, Recipe]:
+    folder = RunDir(Path(run).resolve())
+    if not folder.recipe.is_file():
+        raise UserError(f"{run}: not a run directory: no recipe.yaml in it")
+    return folder, load_recorded_recipe(folder)
 
 
 def load_recorded_recipe(folder: RunDir) -> Recipe:
