@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_train import branch, metrics, rows
+from test_train import branch, killed_in_step, metrics, rows
 from transformers import AutoModelForCausalLM
 
 from motkit import adapters, train
@@ -122,24 +122,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_pico, tmp_path):
     numpy.testing.assert_allclose(found[0], found[1], rtol=1e-4)
 
 
-def test_a_lora_branch_resumes_with_the_same_bytes(make_pico, tmp_path, monkeypatch):
+def test_a_lora_branch_resumes_with_the_same_bytes(make_pico, tmp_path):
     student = make_pico("llama", tmp_path / "student")
     lora, settings = {"r": 4, "dropout": 0.2}, {"max_steps": 6, "save_steps": 2}
     lora_branch(student, tmp_path / "whole", lora, settings=settings)
 
-    class Killed(Exception):
-        pass
-
-    def dies_in_step_5(self, step, logs):
-        if step == 5:
-            raise Killed
-        return original(self, step, logs)
-
-    original = train._StepLog.add
-    monkeypatch.setattr(train._StepLog, "add", dies_in_step_5)
-    with pytest.raises(Killed):
+    with killed_in_step(5):
         lora_branch(student, tmp_path / "broken", lora, settings=settings)
-    monkeypatch.undo()
     work = tmp_path / "broken" / "work"
     assert train.resumable_step(work) == 4
     sealed = json.loads((work / "checkpoint-4" / "sealed.json").read_text())

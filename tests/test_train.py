@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -100,24 +101,32 @@ def test_every_step_is_recorded_and_the_seed_decides_the_bytes(make_pico, tmp_pa
     assert one == two != three
 
 
-def test_a_branch_resumes_from_its_last_complete_checkpoint_with_the_same_bytes(make_pico, tmp_path, monkeypatch):
-    student = make_pico("llama", tmp_path / "student")
-    settings = {"max_steps": 6, "save_steps": 2}
-    branch(student, tmp_path / "whole", settings=settings)
+@contextlib.contextmanager
+def killed_in_step(number):
+    """Training inside must die in this step, after the trainer has taken it and before it is logged."""
 
     class Killed(Exception):
         pass
 
-    def dies_in_step_5(self, step, logs):
-        if step == 5:
+    def dies(self, step, logs):
+        if step == number:
             raise Killed
         return original(self, step, logs)
 
     original = train._StepLog.add
-    monkeypatch.setattr(train._StepLog, "add", dies_in_step_5)
-    with pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train._StepLog, "add", dies)
+        with pytest.raises(Killed):
+            yield
+
+
+def test_a_branch_resumes_from_its_last_complete_checkpoint_with_the_same_bytes(make_pico, tmp_path):
+    student = make_pico("llama", tmp_path / "student")
+    settings = {"max_steps": 6, "save_steps": 2}
+    branch(student, tmp_path / "whole", settings=settings)
+
+    with killed_in_step(5):
         branch(student, tmp_path / "broken", settings=settings)
-    monkeypatch.undo()
     work = tmp_path / "broken" / "work"
     assert train.resumable_step(work) == 4
     # As a kill in the middle of a checkpoint's write leaves it: the newest has no optimizer and no seal.
