@@ -18,6 +18,8 @@ from motkit.merge_float import FORMATS, ValueRange, cast_rounded, round_float64_
 from motkit.merge_plan import Kernel, MergePlan, Statistics, chunk_size, merge_in_memory
 
 _LIMB_BITS = 28  # limb × 24-bit input and limb × 25-bit midpoint are exact in float64
+_BLOCK = 64  # elements that are redone together, for one of them that is too wide for float32
+_MOST_FAR = 8  # one element in this many may be redone before the whole chunk is
 _MAX_INTEGER_BITS = 600  # beyond, n_k · x_k may overflow float64
 
 
@@ -73,6 +75,9 @@ class WeightedMean:
 
     How a chunk is computed, cheapest first:
 
+    0. Where inputs of 16 bits lie close to one another, as branches do, s is exact even in float32 (all bits of an
+       element's terms lie in a window of 24), and so, by the argument of case 1, q = fl(s / D) in float32 and one
+       rounding are right. The elements for which this does not hold are gathered over the whole span.
     1. If exponents prove that s = Σ n_k x_k is exact in float64 (all bits of all terms lie in a window of 53), then
        q = fl(s / D) and one rounding is right: q can hit a midpoint m of the output format only if s = m·D exactly,
        because m·D is itself a float64 (D has at most 52 − precision bits) and nearby float64 values stay apart.
@@ -107,9 +112,19 @@ class WeightedMean:
             self._limbs = [_limbs(n) for n in self.numerators]
             self._minus_denominator = [-limb for limb in _limbs(self.denominator)]
             self._divisor = float(self.denominator)
+        halves = (torch.bfloat16, torch.float16)
+        self._spreads = {dtype: self._largest_spread(dtype) for dtype in halves}
+        # Not finite, or so large that a sum of such may overflow.
+        growth = sum(map(abs, self.numerators)).bit_length()
+        self._too_large = {
+            dtype: max(FORMATS[dtype].infinity - (growth << FORMATS[dtype].mantissa_bits), 0) for dtype in halves
+        }
         # Work space made once: fresh memory for every operator would cost more than most operators here.
         self._float64 = [torch.empty(self.chunk, dtype=torch.float64, device=device) for _ in range(3)]
-        self._float32 = torch.empty(self.chunk, dtype=torch.float32, device=device)
+        self._float32, self._total32 = (torch.empty(self.chunk, dtype=torch.float32, device=device) for _ in range(2))
+        self._magnitudes = [torch.empty(self.chunk, dtype=torch.int16, device=device) for _ in range(3)]
+        self._within_block = torch.arange(_BLOCK, device=device)
+        self._nowhere = self._within_block[:0]
         self._high = torch.empty(self.chunk, dtype=out_dtype, device=device)
         self._integers = {
             dtype: torch.empty(self.chunk, dtype=dtype, device=device) for dtype in (torch.int16, torch.int32)
@@ -126,6 +141,73 @@ class WeightedMean:
             True if all inputs are finite. Elements for which one is not become NaN, or an infinity where IEEE
             arithmetic gives one.
         """
+        if not out.numel():
+            return True
+        dtypes = {tensor.dtype for tensor in tensors}
+        spread = self._spreads.get(dtypes.pop(), 0) if len(dtypes) == 1 else 0
+        finite, far = True, []
+        chunks = zip(*(tensor.split(self.chunk) for tensor in (out, *tensors)), strict=True)
+        for number, (part, *chunk) in enumerate(chunks):
+            left = self._in_float32(chunk, part, spread) if spread else None
+            if left is None:
+                finite &= self._in_float64(chunk, part)
+            elif left.numel():
+                far.append(left + number * self.chunk)
+        if far:
+            at = torch.cat(far)
+            merged = torch.empty(at.numel(), dtype=out.dtype, device=out.device)
+            self._in_float64([tensor[at] for tensor in tensors], merged)
+            out[at] = merged
+        return finite
+
+    def _largest_spread(self, dtype: torch.dtype) -> int:
+        """Difference of two magnitudes, as integers, below which float32 holds every sum between them; 0 for none."""
+        mantissa = FORMATS[dtype].mantissa_bits
+        if not all(self.numerators) or _odd_bits(self.denominator) > 23 - FORMATS[self.out_dtype].precision_bits:
+            return 0
+        # All terms are multiples of 2^(e − mantissa), the smallest being 2^e or more, and the sum of their magnitudes
+        # is below Σ|n| · 2^(e + d + 1) for exponents that differ by d: at most 2^24 multiples.
+        total = sum(map(abs, self.numerators))
+        exponents = 24 - mantissa - 1 - (total - 1).bit_length()
+        return max(exponents, 0) << mantissa
+
+    def _in_float32(self, tensors: Sequence[torch.Tensor], out: torch.Tensor, spread: int) -> torch.Tensor | None:
+        """Write what float32 proves; returns the positions of the other elements, or None if all have to be redone."""
+        spaces = (*self._magnitudes, self._total32, self._float32)
+        largest, least, own, total, term = spaces if out.numel() == self.chunk else (s[: out.numel()] for s in spaces)
+        dtype = tensors[0].dtype
+        for index, (tensor, numerator) in enumerate(zip(tensors, self.numerators, strict=True)):
+            # The bits of a magnitude, which are in the order of the magnitudes; NaN is the largest.
+            torch.abs(tensor, out=(own if index else largest).view(dtype))
+            if index:
+                torch.minimum(least, own, out=least)
+                torch.maximum(largest, own, out=largest)
+                total.add_(term.copy_(tensor), alpha=float(numerator))
+            else:
+                least.copy_(largest)
+                total.copy_(tensor)
+                if numerator != 1:
+                    total.mul_(float(numerator))
+        if int(largest.amax()) >= self._too_large[dtype]:
+            return None
+        torch.sub(largest, least, out=own)
+        left = self._nowhere
+        if int(own.amax()) >= spread:
+            # Whole blocks, because to find single elements would cost as much as all that came before.
+            width = _BLOCK if out.numel() % _BLOCK == 0 else 1
+            blocks = torch.nonzero(own.view(-1, width).amax(dim=1) >= spread)
+            if blocks.numel() * width * _MOST_FAR > out.numel():
+                return None
+            left = (blocks * width + self._within_block[:width]).view(-1)
+        if self._power_of_two:
+            total.mul_(1.0 / self._divisor)
+        else:
+            total.div_(self._divisor)
+        out.copy_(total)
+        return left
+
+    def _in_float64(self, tensors: Sequence[torch.Tensor], out: torch.Tensor) -> bool:
+        """Cases 1 to 4 of the class, for inputs of any length; returns whether all are finite."""
         used = [k for k, n in enumerate(self.numerators) if n]
         undecided: list[tuple[torch.Tensor, torch.Tensor]] = []  # (positions, the upper candidates)
         finite = True
