@@ -122,10 +122,14 @@ def evaluate_checkpoint(
                     bar.update()
 
                 what = (checkpoint, prompts) if engine == "vllm" else (model, tokenizer, prompts)
-                size = {} if engine == "vllm" else {"batch_size": settings.batch_size}
-                generations = generate(*what, **sampled, **size, known=answers.known, on_result=arrived)
+                own: dict[str, Any] = {"batch_size": settings.batch_size}
+                if engine == "vllm":
+                    own = {"on_ready": answers.note_vllm}
+                generations = generate(*what, **sampled, **own, known=answers.known, on_result=arrived)
             rows = _graded(asked, generations, renderer, verify)
             rundir.write_text(results, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            if engine == "vllm":
+                versions["vllm"] = answers.vllm
             answers.path.unlink(missing_ok=True)
             scores |= score(rows)
             generated = scores["tokens"]
@@ -181,6 +185,7 @@ class _Answers:
     def __init__(self, results: Path, what: Any, generation: Callable[..., Any]) -> None:
         self.path = rundir.partial_path(results)
         self.known: dict[tuple[int, int], Any] = {}
+        self.vllm: str | None = None  # version
         self._identity = rundir.digest(what)
         self._generation = generation
 
@@ -193,7 +198,10 @@ class _Answers:
                     row = json.loads(line)
                 except ValueError:  # torn by a kill
                     break
-                self.known[row["problem"], row["sample"]] = self._generation(*row["answer"])
+                if "vllm" in row:
+                    self.vllm = row["vllm"]
+                else:
+                    self.known[row["problem"], row["sample"]] = self._generation(*row["answer"])
                 kept.append(line)
         with rundir.storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,5 +215,12 @@ class _Answers:
 
     def add(self, problem: int, sample: int, answer: Any) -> None:
         plain = [answer.text, answer.num_tokens, answer.finish_reason]
-        self._file.write(json.dumps({"problem": problem, "sample": sample, "answer": plain}) + "\n")
+        self._write({"problem": problem, "sample": sample, "answer": plain})
+
+    def note_vllm(self, version: str) -> None:
+        self.vllm = version
+        self._write({"vllm": version})
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
         self._file.flush()

@@ -133,7 +133,7 @@ def continue_with_vllm(
     python: str | None = None,
     log: Path,
     known: Mapping[tuple[int, int], Generation] | None = None,
-    on_ready: Callable[[], None] = lambda: None,
+    on_ready: Callable[[str], None] = lambda version: None,
     on_result: Callable[[int, int, Generation], None] = lambda prompt, sample, generation: None,
 ) -> list[list[Generation]]:
     """Continue each prompt as `generate_texts` does, with a checkpoint folder and vLLM in a process of its own.
@@ -156,7 +156,7 @@ def continue_with_vllm(
         log: file to which everything that vLLM prints is appended.
         known: (prompt, sample) → a generation that is there already, from an attempt that was interrupted: returned as
             it is, and not asked for.
-        on_ready: called once the model is loaded, before anything is sampled.
+        on_ready: called with vLLM's version once the model is loaded, before anything is sampled.
         on_result: called with (prompt, sample, generation) for each that arrives, as soon as it does.
 
     Returns:

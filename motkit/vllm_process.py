@@ -104,7 +104,7 @@ async def continue_prompts(
     engine_args: Mapping[str, Any],
     python: str | None,
     log: Path,
-    on_ready: Callable[[], None],
+    on_ready: Callable[[str], None],
 ) -> AsyncGenerator[tuple[int, int, list[int], str], None]:
     """Continuations of prompts, as soon as each is known: (prompt, sample, its token ids, finish_reason).
 
@@ -112,6 +112,7 @@ async def continue_prompts(
         prompts: number → token ids.
         seeds: number of the prompt → number of the sample → seed, of every continuation that is asked for.
         sampling: fields of vLLM's SamplingParams. Texts are not made: the token ids come back.
+        on_ready: called with vLLM's version once the model is loaded, before anything is sampled.
 
     Raises:
         UserError: vLLM does not start, refuses a prompt, or ends before its work does.
@@ -145,7 +146,7 @@ async def _answers(
     python: str | None,
     who: str,
     log: Path,
-    on_ready: Callable[[], None] = lambda: None,
+    on_ready: Callable[[str], None] = lambda version: None,
 ) -> AsyncGenerator[tuple[dict[str, Any], float], None]:
     """What `motkit.vllm_child` says to ``first`` and ``lines``: (answer, seconds since the model was loaded)."""
     async with _child(python, who, ["generate"], log, stdout=asyncio.subprocess.PIPE) as child:
@@ -161,7 +162,7 @@ async def _answers(
                 answer = json.loads(raw)
                 if "ready" in answer:
                     started = time.perf_counter()
-                    on_ready()
+                    on_ready(answer["ready"])
                 elif "end" in answer:
                     return
                 else:

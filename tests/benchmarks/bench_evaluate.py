@@ -1,6 +1,6 @@
 """Tokens a second of evaluation with vLLM against raw ``vllm.LLM.generate``: same environment, checkpoint and prompts.
 
-    MOTKIT_VLLM_PYTHON=… python tests/benchmarks/bench_evaluate.py [--model PATH] [--prompts 32] [--samples 4]
+    MOTKIT_VLLM_PYTHON=… python tests/benchmarks/bench_evaluate.py [--model PATH] [--prompts 64] [--samples 8]
 
 In turn, each in a fresh process; both clocks run from the loaded engine to the last text. Ours seeds every sample and
 hands each over as it arrives; the peer is what one would write by hand: one call, ``n`` samples, no seed.
@@ -54,7 +54,7 @@ def ours(python: str, folder: Path, asked: dict[str, Any]) -> float:
         engine_args=asked["engine_args"],
         python=python,
         log=folder / "ours.log",
-        on_ready=lambda: ready.append(time.perf_counter()),
+        on_ready=lambda version: ready.append(time.perf_counter()),
     )
     seconds = time.perf_counter() - ready[0]
     tokens = sum(sample.num_tokens for of_prompt in generations for sample in of_prompt)
@@ -76,8 +76,8 @@ def theirs(python: str, folder: Path, asked: dict[str, Any]) -> float:
 
 @click.command()
 @click.option("--model", type=click.Path(exists=True, path_type=Path), help="Checkpoint.  [default: a pico-model]")
-@click.option("--prompts", "num_prompts", default=32, show_default=True)
-@click.option("--samples", default=4, show_default=True, help="Continuations of a prompt.")
+@click.option("--prompts", "num_prompts", default=64, show_default=True)
+@click.option("--samples", default=8, show_default=True, help="Continuations of a prompt.")
 @click.option("--tokens", default=128, show_default=True, help="Generated tokens a continuation.")
 @click.option("--prompt-tokens", default=64, show_default=True)
 @click.option("--repeats", default=3, show_default=True)
