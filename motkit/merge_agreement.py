@@ -8,16 +8,17 @@ import contextlib
 import csv
 import functools
 import io
+import itertools
 import math
 import operator
 import re
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from motkit import spans
+from motkit.crew import Crew
 from motkit.errors import UserError
 from motkit.merge_inputs import Checkpoint, TensorRecord, check_compatible, listed, read_checkpoint
 
@@ -61,17 +62,14 @@ class _Sums:
     same: Any
 
 
-@dataclass
-class _Layers:
-    """`_Sums` by layer. What threads add is sorted before it is summed, so that their order does not matter."""
+_Part = tuple[str, int, Any, Any, Any]  # tensor, where its span begins, and the three of `_Sums`
 
-    parts: dict[str, list[tuple[str, int, Any, Any, Any]]] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def total(self, layers: Sequence[str]) -> _Sums:
-        ordered = sorted((part for layer in layers for part in self.parts[layer]), key=lambda part: part[:2])
-        inner, both, same = (functools.reduce(operator.add, column) for column in list(zip(*ordered, strict=True))[2:])
-        return _Sums(inner, both, same)
+def _total(parts: Iterable[_Part]) -> _Sums:
+    """Sorted before they are summed, so that the order in which they were found does not matter."""
+    ordered = sorted(parts, key=lambda part: part[:2])
+    inner, both, same = (functools.reduce(operator.add, column) for column in list(zip(*ordered, strict=True))[2:])
+    return _Sums(inner, both, same)
 
 
 def layer_of(name: str) -> str:
@@ -110,7 +108,8 @@ def measure_agreement(
         raise UserError(listed(faults))
     names = sorted(name for name in checkpoints[0].names if _comparable(name, checkpoints))
     records = {name: [checkpoint.tensors[name] for checkpoint in checkpoints] for name in names}
-    layers, found = {name: layer_of(name) for name in names}, _Layers()
+    layers = {name: layer_of(name) for name in names}
+    found: list[_Part] = []
     jobs = ((name, span) for name in names for span in spans.ranges(records[name][0].numel))
     total = sum(record.stop - record.start for group in records.values() for record in group)
     with contextlib.ExitStack() as stack:
@@ -123,17 +122,17 @@ def measure_agreement(
         def look(buffers: list[Any], job: Any) -> int:
             name, (begin, end) = job
             values = files.read(records[name], buffers, begin, end)
-            part = (name, begin, *_inner_products(values))
-            with found.lock:
-                found.parts.setdefault(layers[name], []).append(part)
+            found.append((name, begin, *_inner_products(values)))
             return sum(value.numel() * value.element_size() for value in values)
 
-        with spans.Crew(make_space, bar, "cpu") as crew:
-            crew.run(jobs, look)
-    ordered = sorted(found.parts, key=lambda layer: (not layer.isdigit(), int(layer) if layer.isdigit() else layer))
-    result = _report(MODEL, found.total(ordered), list(branches))
+        _, reports = Crew(make_space, total, bar.update).run(jobs, look, lambda: found)
+    by_layer: dict[str, list[_Part]] = {}
+    for part in itertools.chain.from_iterable(reports):
+        by_layer.setdefault(layers[part[0]], []).append(part)
+    ordered = sorted(by_layer, key=lambda layer: (not layer.isdigit(), int(layer) if layer.isdigit() else layer))
+    result = _report(MODEL, _total(itertools.chain.from_iterable(by_layer.values())), list(branches))
     for layer in ordered:
-        result += _report(layer, found.total([layer]), list(branches))
+        result += _report(layer, _total(by_layer[layer]), list(branches))
     return result
 
 

@@ -63,10 +63,8 @@ FORMATS = {
 }
 DTYPE_NAMES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-# Elements per step on a CPU. It is torch's parallel grain: operators on no more than this run on the calling thread.
-# So threads share no barrier (a barrier costs 8 ms per operator where another process holds a core) and the float64
-# work space stays in the L2 cache.
-CHUNK_CPU = 32768
+# Elements per operator on a CPU: so many that starting one costs little, and few enough for the caches.
+CHUNK_CPU = 1 << 17
 CHUNK_ACCELERATOR = 1 << 22
 
 _EXPONENT_MASK = 0x7FF0000000000000

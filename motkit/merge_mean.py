@@ -66,7 +66,7 @@ def _odd_bits(integer: int) -> int:
 
 
 class WeightedMean:
-    """θ = Σ_k c_k x_k for flat tensors, correctly rounded. It owns its work space: one per thread.
+    """θ = Σ_k c_k x_k for flat tensors, correctly rounded. It owns its work space: one per worker.
 
     Args:
         coefficients: c_k, exact. They need not sum to 1.
@@ -114,11 +114,7 @@ class WeightedMean:
             self._divisor = float(self.denominator)
         halves = (torch.bfloat16, torch.float16)
         self._spreads = {dtype: self._largest_spread(dtype) for dtype in halves}
-        # Not finite, or so large that a sum of such may overflow.
-        growth = sum(map(abs, self.numerators)).bit_length()
-        self._too_large = {
-            dtype: max(FORMATS[dtype].infinity - (growth << FORMATS[dtype].mantissa_bits), 0) for dtype in halves
-        }
+        self._too_large = {dtype: self._smallest_too_large(dtype) for dtype in halves}
         # Work space made once: fresh memory for every operator would cost more than most operators here.
         self._float64 = [torch.empty(self.chunk, dtype=torch.float64, device=device) for _ in range(3)]
         self._float32, self._total32 = (torch.empty(self.chunk, dtype=torch.float32, device=device) for _ in range(2))
@@ -163,13 +159,21 @@ class WeightedMean:
     def _largest_spread(self, dtype: torch.dtype) -> int:
         """Difference of two magnitudes, as integers, below which float32 holds every sum between them; 0 for none."""
         mantissa = FORMATS[dtype].mantissa_bits
-        if not all(self.numerators) or _odd_bits(self.denominator) > 23 - FORMATS[self.out_dtype].precision_bits:
+        fits = self._power_of_two or _odd_bits(self.denominator) <= 23 - FORMATS[self.out_dtype].precision_bits
+        # Divided by 2^16, the smallest bfloat16 is the smallest float32.
+        if not all(self.numerators) or not fits or self.denominator > 1 << 16:
             return 0
         # All terms are multiples of 2^(e − mantissa), the smallest being 2^e or more, and the sum of their magnitudes
         # is below Σ|n| · 2^(e + d + 1) for exponents that differ by d: at most 2^24 multiples.
         total = sum(map(abs, self.numerators))
         exponents = 24 - mantissa - 1 - (total - 1).bit_length()
         return max(exponents, 0) << mantissa
+
+    def _smallest_too_large(self, dtype: torch.dtype) -> int:
+        """The magnitude, as an integer, from which on a sum may overflow float32 or an element is not finite."""
+        layout, growth = FORMATS[dtype], sum(map(abs, self.numerators)).bit_length()
+        exponents = max(layout.overflow + growth - FORMATS[torch.float32].overflow, 0)
+        return max(layout.infinity - (exponents << layout.mantissa_bits), 0)
 
     def _in_float32(self, tensors: Sequence[torch.Tensor], out: torch.Tensor, spread: int) -> torch.Tensor | None:
         """Write what float32 proves; returns the positions of the other elements, or None if all have to be redone."""

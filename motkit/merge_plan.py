@@ -4,15 +4,15 @@ A `MergePlan` says which inputs it wants (K branches, then perhaps the base), wh
 (`Statistics`, over one tensor or over the whole model), and makes the `Kernel` that then merges any span of them.
 """
 
-import itertools
+import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 
+from motkit.crew import one_thread
 from motkit.errors import UserError
 from motkit.merge_float import CHUNK_ACCELERATOR, CHUNK_CPU, check_tensor_dtype, promoted, value_range
 from motkit.spans import SPAN
@@ -21,7 +21,7 @@ Scope = Literal["element", "tensor", "model"]
 
 
 class Kernel(Protocol):
-    """Merges flat spans of any length. It owns its work space: one per thread."""
+    """Merges flat spans of any length. It owns its work space: one per worker."""
 
     def __call__(self, tensors: Sequence[torch.Tensor], out: torch.Tensor) -> bool:
         """Write the merge of K flat, contiguous tensors to ``out``, as long, which may not overlap them.
@@ -33,14 +33,23 @@ class Kernel(Protocol):
 
 
 class Statistics(ABC):
-    """What a merge must know of all elements before it can merge the first. Many threads may show it spans.
+    """What a merge must know of all elements before it can merge the first.
 
-    Whatever the order of the spans, the result is the same, to the bit.
+    Whatever the order of the spans, the result is the same, to the bit; also where several processes each look at some
+    of them in a copy of their own, and one absorbs what the others take out.
     """
 
     @abstractmethod
     def look(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Take in a span of every input; returns whether all of it is finite (what is not counts as 0)."""
+
+    @abstractmethod
+    def take(self) -> Any:
+        """What this pass has found so far, which is then no longer here."""
+
+    @abstractmethod
+    def absorb(self, part: Any) -> None:
+        """Add what `take` took out."""
 
     @abstractmethod
     def end_pass(self) -> bool:
@@ -60,17 +69,12 @@ class MergePlan(ABC):
 
     @abstractmethod
     def kernel(self, found: Statistics | None, out_dtype: torch.dtype, device: torch.device | str) -> Kernel:
-        """A kernel for one thread, which writes ``out_dtype``."""
+        """A kernel for one worker, which writes ``out_dtype``."""
 
 
 def chunk_size(device: torch.device | str) -> int:
     """Elements per operator: see `CHUNK_CPU`."""
     return CHUNK_CPU if torch.device(device).type == "cpu" else CHUNK_ACCELERATOR
-
-
-def num_threads(torch_device: torch.device | str) -> int:
-    """Python threads to merge with: as many as torch would use, but the interpreter's lock feeds no more than 8."""
-    return min(torch.get_num_threads(), 8) if torch.device(torch_device).type == "cpu" else 1
 
 
 def finite_parts(tensors: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
@@ -110,33 +114,16 @@ def merge_in_memory(
     out = torch.empty(shape, dtype=out_dtype, device=device)
     flat_out, size = out.view(-1), math.prod(shape)
     span = max(SPAN, chunk_size(device))
-    workers = max(1, min(num_threads(device), size // (4 * CHUNK_CPU)))
-    edges = [size * worker // workers for worker in range(workers + 1)]
-
-    def in_threads(make: Callable[[], Callable[[int, int], Any]]) -> None:
-        def run(start: int, stop: int) -> None:
-            do = make()
-            for begin in range(start, stop, span):
-                do(begin, min(begin + span, stop))
-
-        if workers == 1:
-            run(0, size)
-            return
-        with ThreadPoolExecutor(workers) as pool:
-            for job in [pool.submit(run, a, b) for a, b in itertools.pairwise(edges)]:
-                job.result()
-
-    found = None
-    if plan.over == "tensor":
-        found = statistics = plan.statistics(size, device)
-        more = True
-        while more:
-            in_threads(lambda: lambda a, b: statistics.look([tensor[a:b] for tensor in flat]))
-            more = statistics.end_pass()
-
-    def merger() -> Callable[[int, int], bool]:
+    parts = [slice(start, min(start + span, size)) for start in range(0, size, span)]
+    with one_thread() if torch.device(device).type == "cpu" else contextlib.nullcontext():
+        found = None
+        if plan.over == "tensor":
+            found, more = plan.statistics(size, device), True
+            while more:
+                for part in parts:
+                    found.look([tensor[part] for tensor in flat])
+                more = found.end_pass()
         kernel = plan.kernel(found, out_dtype, device)
-        return lambda a, b: kernel([tensor[a:b] for tensor in flat], flat_out[a:b])
-
-    in_threads(merger)
+        for part in parts:
+            kernel([tensor[part] for tensor in flat], flat_out[part])
     return out

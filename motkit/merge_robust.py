@@ -14,7 +14,6 @@ mean of what was chosen, rounded once (`motkit.merge_mean`).
 """
 
 import math
-import threading
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
@@ -141,7 +140,7 @@ class GeometricMedianPlan(MergePlan):
 class SquaredDistances(Statistics):
     """``squared[i][j]`` = ‖θ_i − θ_j‖² for every pair of the K branches, and their ``shares`` in the geometric median.
 
-    The partial sums of spans are added exactly (as integers), so that the order of spans and threads does not matter.
+    The partial sums of spans are added exactly (as integers), so that the order of spans does not matter.
     """
 
     def __init__(self, weights: Sequence[float], device: torch.device | str = "cpu") -> None:
@@ -150,7 +149,6 @@ class SquaredDistances(Statistics):
         self._pairs = [(i, j) for j in range(num_branches) for i in range(j)]
         self._sums = dict.fromkeys(self._pairs, 0)
         self._chunk = chunk_size(device)
-        self._lock = threading.Lock()
         self.squared = [[0.0] * num_branches for _ in range(num_branches)]
         self.shares: list[float] = []
 
@@ -160,15 +158,19 @@ class SquaredDistances(Statistics):
             inputs, where = finite_parts([tensor[start : start + self._chunk] for tensor in tensors])
             finite &= where is None
             wide = [tensor.to(torch.float32).to(torch.float64) for tensor in inputs]
-            parts = {}
             for i, j in self._pairs:
                 difference = wide[i] - wide[j]
                 numerator, denominator = torch.dot(difference, difference).item().as_integer_ratio()
-                parts[i, j] = numerator << (_FIXED_POINT - denominator.bit_length() + 1)
-            with self._lock:
-                for pair, part in parts.items():
-                    self._sums[pair] += part
+                self._sums[i, j] += numerator << (_FIXED_POINT - denominator.bit_length() + 1)
         return finite
+
+    def take(self) -> dict[tuple[int, int], int]:
+        sums, self._sums = self._sums, dict.fromkeys(self._pairs, 0)
+        return sums
+
+    def absorb(self, part: dict[tuple[int, int], int]) -> None:
+        for pair, total in part.items():
+            self._sums[pair] += total
 
     def end_pass(self) -> bool:
         for (i, j), total in self._sums.items():

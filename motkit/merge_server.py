@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from motkit import spans
+from motkit.crew import Crew
 from motkit.errors import UserError
 from motkit.merge_inputs import ITEM_BYTES, TensorRecord, check_compatible, listed, read_checkpoint, read_header
 
@@ -122,8 +123,11 @@ def server_step(
             targets.write(new[name], begin * 4, memoryview(speeds[: end - begin].view(torch.uint8).numpy()))
             return sum(value.numel() * value.element_size() for value in values)
 
-        with spans.Crew(make_space, bar, "cpu") as crew:
-            crew.run(jobs(), step)
+        def advance(count: int) -> None:
+            bar.update(count)
+            targets.keep_up(count)
+
+        Crew(make_space, total, advance).run(jobs(), step)
         for name in names:
             if not after.tensors[name].is_float:
                 for begin, end in spans.ranges(after.tensors[name].numel):

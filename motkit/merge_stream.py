@@ -1,8 +1,7 @@
 """Tensor data in spans: look for NaN in checkpoints, and run a `MergePlan` from file to file.
 
-Every thread reads a span of each input at its offset, merges it, and writes the result at its offset. Memory does not
-grow with the model, and nothing depends on the order in which threads finish. The kernel is told in advance which
-tensor is read next, and a thread has it write out what is merged, so that disk and processor work at the same time.
+A worker (`motkit.crew`) reads a span of each input at its offset, merges it, and writes the result at its offset.
+Memory does not grow with the model, and nothing depends on the order in which workers finish.
 """
 
 import contextlib
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from motkit import spans
+from motkit.crew import Crew
 from motkit.errors import UserError
 from motkit.merge_inputs import ITEM_BYTES, Checkpoint, TensorRecord, listed, same_data
 
@@ -32,13 +32,13 @@ def non_finite(checkpoints: Sequence[Checkpoint], quiet: bool, description: str)
 
     found: dict[tuple[Path, str], None] = {}
     jobs = [
-        (checkpoint, name, record, span)
-        for checkpoint in checkpoints
+        (number, name, span)
+        for number, checkpoint in enumerate(checkpoints)
         for name, record in checkpoint.tensors.items()
         if record.is_float and record.dtype in spans.TORCH_NAMES and name not in checkpoint.dropped
         for span in spans.ranges(record.numel)
     ]
-    total = sum((b - a) * ITEM_BYTES[record.dtype] for _, _, record, (a, b) in jobs)
+    total = sum((b - a) * ITEM_BYTES[checkpoints[number].tensors[name].dtype] for number, name, (a, b) in jobs)
     with spans.Files() as files, spans.progress_bar(description, total, quiet) as bar:
 
         def make_space() -> Any:
@@ -47,7 +47,8 @@ def non_finite(checkpoints: Sequence[Checkpoint], quiet: bool, description: str)
 
         def look(space: Any, job: Any) -> int:
             buffer, scratch = space
-            checkpoint, name, record, (start, stop) = job
+            number, name, (start, stop) = job
+            record = checkpoints[number].tensors[name]
             item = ITEM_BYTES[record.dtype]
             files.read_into(record, start * item, buffer[: (stop - start) * item])
             values = buffer[: (stop - start) * item].view(spans.torch_dtype(record.dtype))
@@ -58,12 +59,11 @@ def non_finite(checkpoints: Sequence[Checkpoint], quiet: bool, description: str)
             else:
                 finite = bool(torch.isfinite(values).all())
             if not finite:
-                found[(checkpoint.path, name)] = None
+                found[(checkpoints[number].path, name)] = None
             return int((stop - start) * item)
 
-        with spans.Crew(make_space, bar, "cpu") as crew:
-            read = crew.run(jobs, look)
-    return [_non_finite_line(path, name) for path, name in sorted(found)], read
+        read, reports = Crew(make_space, total, bar.update).run(jobs, look, lambda: list(found))
+    return [_non_finite_line(path, name) for path, name in sorted({fault for part in reports for fault in part})], read
 
 
 def _non_finite_line(path: Path, name: str) -> str:
@@ -109,21 +109,34 @@ def stream_merge(
             stack.enter_context(spans.progress_bar("Merging", total, quiet)),
         )
         targets = stack.enter_context(spans.Targets({record.file for record in written.values()}))
-        crew = stack.enter_context(spans.Crew(lambda: _Space(len(inputs)), bar, device))
+
+        def advance(count: int) -> None:
+            bar.update(count)
+            targets.keep_up(count)
+
+        crew = Crew(lambda: _Space(len(inputs)), total, advance, device)
         run = _StreamedMerge(plan, inputs, records, written, files, targets, device, updates or {})
-        read = 0
-        # What is counted over one tensor is counted and merged before the next, while its data is in memory.
-        for unit in [[name] for name in floats] if plan.over == "tensor" else [floats]:
-            found = None
-            if plan.over != "element":
-                found = plan.statistics(sum(records[name][0].numel for name in unit), device)
+        if plan.over == "tensor":
+            # Each tensor by one worker, which counts and merges it while its data is in memory; the largest first.
+            largest = sorted(floats, key=lambda name: -records[name][0].numel)
+            read, reports = crew.run(run.tensors(largest), run.merge_tensor, run.take_broken)
+            run.refuse_non_finite(reports)
+        else:
+            found, read = None, 0
+            if plan.over == "model":
+                found = plan.statistics(sum(records[name][0].numel for name in floats), device)
                 more = True
                 while more:
-                    read += crew.run(run.spans(unit), functools.partial(run.look, found))
-                    run.refuse_non_finite()
+                    look = functools.partial(run.look, found)
+                    passed, looked = crew.run(run.spans(floats), look, lambda: (found.take(), run.take_broken()))
+                    read += passed
+                    run.refuse_non_finite([broken for _, broken in looked])
+                    for part, _ in looked:
+                        found.absorb(part)
                     more = found.end_pass()
-            read += crew.run(run.spans(unit), functools.partial(run.merge, found))
-        run.refuse_non_finite()
+            merged, reports = crew.run(run.spans(floats), functools.partial(run.merge, found), run.take_broken)
+            read += merged
+            run.refuse_non_finite(reports)
         for name in names:
             if not records[name][0].is_float:
                 for start, stop in spans.ranges(records[name][0].numel):
@@ -154,7 +167,7 @@ def _out_codes(records: Mapping[str, Sequence[TensorRecord]], out_dtype: str | N
 
 
 class _Space:
-    """Work space of one thread: a buffer per input, one for the result, and its kernels."""
+    """Work space of one worker: a buffer per input, one for the result, and its kernels."""
 
     def __init__(self, num_inputs: int) -> None:
         import torch
@@ -187,6 +200,23 @@ class _StreamedMerge:
             for start, stop in spans.ranges(self.records[name][0].numel):
                 yield name, start, stop
 
+    def tensors(self, names: Sequence[str]) -> Iterator[str]:
+        for name in names:
+            for record in self.records[name]:
+                self.files.will_need(record)
+            yield name
+
+    def merge_tensor(self, space: _Space, name: str) -> int:
+        """Count over one tensor, then merge it."""
+        jobs = [(name, start, stop) for start, stop in spans.ranges(self.records[name][0].numel)]
+        found, read, more = self.plan.statistics(self.records[name][0].numel, self.device), 0, True
+        while more:
+            read += sum(self.look(found, space, job) for job in jobs)
+            if self.broken:
+                return read
+            more = found.end_pass()
+        return read + sum(self.merge(found, space, job) for job in jobs)
+
     def look(self, found: "Statistics", space: _Space, job: tuple[str, int, int]) -> int:
         values, read = self._read(space, job)
         if not found.look(values):
@@ -218,9 +248,13 @@ class _StreamedMerge:
         self.targets.write(target, start * item, memoryview(result_bytes.numpy()))
         return read
 
-    def refuse_non_finite(self) -> None:
-        if self.broken:
-            raise UserError(listed([_non_finite_line(path, name) for path, name in sorted(self.broken)]))
+    def take_broken(self) -> list[tuple[Path, str]]:
+        broken, self.broken = list(self.broken), {}
+        return broken
+
+    def refuse_non_finite(self, reports: Sequence[Sequence[tuple[Path, str]]]) -> None:
+        if broken := sorted({fault for report in reports for fault in report}):
+            raise UserError(listed([_non_finite_line(path, name) for path, name in broken]))
 
     def _read(self, space: _Space, job: tuple[str, int, int]) -> "tuple[list[torch.Tensor], int]":
         name, start, stop = job

@@ -14,7 +14,6 @@ Source: "TIES-Merging", Yadav et al. 2023, arXiv 2306.01708. Ours differs from m
 * Task vectors are float32 and sums float64 whatever the inputs' dtype, and the result is rounded once.
 """
 
-import threading
 from collections.abc import Sequence
 from typing import Literal
 
@@ -90,13 +89,12 @@ class MagnitudeThresholds(Statistics):
         self._wanted = {k: max(1, int(d * numel)) for k, d in enumerate(densities) if 0 < d < 1 and numel}
         self._upper: dict[int, int] = {}
         self._chunk = chunk_size(device)
-        self._lock = threading.Lock()
         self._counts: dict[int, torch.Tensor] = {}
 
     def look(self, tensors: Sequence[torch.Tensor]) -> bool:
         *branches, base = tensors
         finite, numel = True, base.numel()
-        size = min(self._chunk, numel)  # in pieces: see CHUNK_CPU
+        size = min(self._chunk, numel)
         delta, base32 = (torch.empty(size, device=base.device) for _ in range(2))
         place = torch.empty(size, dtype=torch.int64, device=base.device)
         one = torch.ones(size, dtype=torch.int64, device=base.device)
@@ -121,9 +119,16 @@ class MagnitudeThresholds(Statistics):
                 counts[0] += counts[_INFINITE:].sum()
                 counts[_INFINITE:] = 0
                 finite = False
-            with self._lock:
-                self._counts[k] = self._counts[k] + counts if k in self._counts else counts
+        self.absorb(found)
         return finite
+
+    def take(self) -> dict[int, torch.Tensor]:
+        counts, self._counts = self._counts, {}
+        return counts
+
+    def absorb(self, part: dict[int, torch.Tensor]) -> None:
+        for k, counts in part.items():
+            self._counts[k] = self._counts[k] + counts if k in self._counts else counts
 
     def end_pass(self) -> bool:
         for k, counts in self._counts.items():

@@ -1,4 +1,4 @@
-"""Tensor data in spans: read and written at offsets of safetensors files, by threads with work space of their own.
+"""Tensor data in spans: read and written at offsets of safetensors files, by several processes at a time.
 
 The kernel is told in advance which tensor is read next, and a thread has it write out what is finished, so that disk
 and processor work at the same time.
@@ -8,8 +8,7 @@ import json
 import math
 import os
 import struct
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,17 +22,16 @@ if TYPE_CHECKING:
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # safetensors' → torch's
 SAFETENSORS_NAMES = {name: code for code, name in TORCH_NAMES.items()}
 SHARD_BYTES = 5_000_000_000
-SPAN = 1 << 18  # elements that a thread reads, computes and writes at a time
+SPAN = 1 << 18  # elements that are read, merged and written at a time
 _READ_AHEAD_BYTES = 1 << 24  # of the next tensor of every input
-_FLUSH_BYTES = 1 << 26  # of the result, between two requests to write it to the disk
+_FLUSH_BYTES = 1 << 28  # that are worked through between two requests to write the result to the disk
 
 
 class Files:
-    """Open files by path, read and written at offsets from many threads."""
+    """Open files by path, read at offsets."""
 
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
-        self._lock = threading.Lock()
 
     def __enter__(self) -> "Files":
         return self
@@ -43,10 +41,9 @@ class Files:
             os.close(descriptor)
 
     def descriptor(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
-            return self._descriptors[path]
+        if path not in self._descriptors:
+            self._descriptors[path] = os.open(path, os.O_RDONLY)
+        return self._descriptors[path]
 
     def will_need(self, record: TensorRecord) -> None:
         """Have the tensor's first part read from the disk in the background."""
@@ -75,52 +72,6 @@ class Files:
         return values
 
 
-class Crew:
-    """Threads that do jobs, each with work space of its own (from ``make_space``) for as long as it lives."""
-
-    def __init__(self, make_space: Callable[[], Any], bar: Any, device: str) -> None:
-        from motkit.merge_plan import num_threads
-
-        self._workers = num_threads(torch_device=device)
-        self._pool = ThreadPoolExecutor(self._workers)
-        self._spaces = [make_space() for _ in range(self._workers)]
-        self._bar, self._lock = bar, threading.Lock()
-
-    def __enter__(self) -> "Crew":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-
-    def run(self, jobs: Iterable[Any], do: Callable[[Any, Any], int]) -> int:
-        """Run ``do(work space, job)`` for every job; returns the sum of what they return."""
-        waiting, stop = iter(jobs), threading.Event()
-
-        def work(space: Any) -> int:
-            done = 0
-            while not stop.is_set():
-                with self._lock:
-                    job = next(waiting, None)
-                if job is None:
-                    break
-                try:
-                    count = do(space, job)
-                except BaseException:
-                    stop.set()
-                    raise
-                done += count
-                with self._lock:
-                    self._bar.update(count)
-            return done
-
-        threads = [self._pool.submit(work, space) for space in self._spaces]
-        try:
-            return sum([thread.result() for thread in threads])
-        except BaseException:
-            stop.set()
-            raise
-
-
 def progress_bar(description: str, total: int, quiet: bool) -> Any:
     from tqdm import tqdm
 
@@ -139,12 +90,12 @@ def torch_dtype(code: str) -> "torch.dtype | None":
 
 
 class Targets:
-    """The files of the result, written at offsets from many threads, and to the disk as they grow."""
+    """The files of the result, written at offsets by several processes, and to the disk as they grow."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._files = list(files)
         self._descriptors: dict[Path, int] = {}
-        self._pending, self._lock = 0, threading.Lock()
+        self._pending = 0
 
     def __enter__(self) -> "Targets":
         self._descriptors = {file: os.open(file, os.O_WRONLY) for file in self._files}
@@ -160,11 +111,14 @@ class Targets:
         descriptor, done = self._descriptors[record.file], 0
         while done < len(view):
             done += os.pwrite(descriptor, view[done:], record.start + offset + done)
-        with self._lock:
-            self._pending += len(view)
-            due, self._pending = self._pending >= _FLUSH_BYTES, self._pending % _FLUSH_BYTES
-        if due:
-            self._flusher.submit(os.fdatasync, descriptor)
+
+    def keep_up(self, num_bytes: int) -> None:
+        """So much more has been worked through: now and then what is written goes to the disk, in the background."""
+        self._pending += num_bytes
+        if self._pending >= _FLUSH_BYTES:
+            self._pending = 0
+            for descriptor in self._descriptors.values():
+                self._flusher.submit(os.fdatasync, descriptor)
 
 
 def copy_span(files: Files, source: TensorRecord, target: TensorRecord, targets: Targets, start: int, stop: int) -> int:

@@ -1,6 +1,7 @@
 """Pico-models built on the spot: real transformers architectures, two layers, a real tokenizer, no network."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,19 @@ def make_pico_checkpoint(kind: str, path: Path, seed: int = 0, dtype: str = "bfl
 def make_pico() -> Callable[..., Path]:
     """`make_pico_checkpoint`: (kind, path, seed, dtype, config changes) → path."""
     return make_pico_checkpoint
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Three processes for every merge, however small."""
+    import torch
+
+    from motkit import crew
+
+    if sys.platform != "linux":
+        pytest.skip("merges fork on Linux only")
+    monkeypatch.setattr(crew, "FORK_BYTES", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)

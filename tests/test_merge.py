@@ -314,17 +314,14 @@ def test_own_methods_over_the_whole_model(family, tmp_path):
 
 
 @pytest.mark.parametrize("method", OWN)
-def test_bytes_do_not_depend_on_spans_shards_order_or_threads(method, family, tmp_path, monkeypatch):
+def test_bytes_do_not_depend_on_spans_shards_order_or_processes(method, family, tmp_path, monkeypatch, request):
     student, branches = family()
     merge_checkpoints(method, tmp_path / "one", base=student, branches=branches, quiet=True)
     merge_checkpoints(method, tmp_path / "order", base=student, branches=branches[::-1], quiet=True)
     monkeypatch.setattr(spans, "SHARD_BYTES", 20_000)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1 if threads > 1 else 2)
-        merge_checkpoints(method, tmp_path / "shards", base=student, branches=branches, quiet=True)
-    finally:
-        torch.set_num_threads(threads)
+    monkeypatch.setattr(spans, "SPAN", 700)
+    request.getfixturevalue("forked")
+    merge_checkpoints(method, tmp_path / "shards", base=student, branches=branches, quiet=True)
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     for other in ("order", "shards"):
         assert same_bits(weights(tmp_path / "one"), weights(tmp_path / other))
@@ -645,8 +642,11 @@ def test_all_faults_of_all_branches_at_once(family, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("crew", ["alone", "forked"])
 @pytest.mark.parametrize("method", ["mot", "ties", *OWN])
-def test_nan_and_infinity_are_found_before_anything_is_published(method, family, tmp_path):
+def test_nan_and_infinity_are_found_before_anything_is_published(method, crew, family, tmp_path, request):
+    if crew == "forked":
+        request.getfixturevalue("forked")
     student, (alpha, beta, gamma) = family()
     broken = {}
     for path, name, value in ((alpha, "model.norm.weight", "nan"), (beta, "lm_head.weight", "-inf")):

@@ -27,7 +27,10 @@ def merged(make_pico, tmp_path_factory):
     return student, branches, folder / "merged"
 
 
-def test_every_metric_of_the_model_and_of_every_layer(merged, monkeypatch):
+@pytest.mark.parametrize("crew", ["alone", "forked"])
+def test_every_metric_of_the_model_and_of_every_layer(crew, merged, monkeypatch, request):
+    if crew == "forked":
+        request.getfixturevalue("forked")
     student, branches, result = merged
     monkeypatch.setattr(spans, "SPAN", 1000)
     rows = measure_agreement(student, branches, result)

@@ -13,7 +13,7 @@ from motkit.merge_server import server_step
 
 
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.8, True)])
-def test_rounds_of_server_steps_are_torchs_sgd(momentum, nesterov, make_pico, tmp_path, monkeypatch):
+def test_rounds_of_server_steps_are_torchs_sgd(momentum, nesterov, make_pico, tmp_path, monkeypatch, forked):
     monkeypatch.setattr(spans, "SPAN", 900)
     start = make_pico("qwen3", tmp_path / "start", 0, "float32")
     names = sorted(weights(start))

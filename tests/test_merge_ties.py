@@ -107,17 +107,12 @@ def test_agrees_with_mergekit_and_peft(density):
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-8)
 
 
-def test_the_order_of_branches_and_threads_changes_nothing_on_16_bit_weights():
+def test_the_order_of_branches_changes_nothing_on_16_bit_weights():
     base, branches = task(4, 300_000, torch.bfloat16, seed=6)
     plan = TiesPlan([1.0] * 4, [0.4] * 4)
     first = merge_in_memory(plan, [*branches, base])
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1 if threads > 1 else 2)
-        for order in itertools.islice(itertools.permutations(range(4)), 1, 24, 5):
-            assert torch.equal(merge_in_memory(plan, [*(branches[k] for k in order), base]), first)
-    finally:
-        torch.set_num_threads(threads)
+    for order in itertools.islice(itertools.permutations(range(4)), 1, 24, 5):
+        assert torch.equal(merge_in_memory(plan, [*(branches[k] for k in order), base]), first)
 
 
 def test_nan_stays_where_it_is():
