@@ -75,9 +75,10 @@ class WeightedMean:
 
     How a chunk is computed, cheapest first:
 
-    0. Where inputs of 16 bits lie close to one another, as branches do, s is exact even in float32 (all bits of an
-       element's terms lie in a window of 24), and so, by the argument of case 1, q = fl(s / D) in float32 and one
-       rounding are right. The elements for which this does not hold are gathered over the whole span.
+    0. Where the inputs lie close to one another, as branches do, an element's sum is exact: for inputs of 16 bits even
+       in float32 (all bits of its terms lie in a window of 24), for float32 in float64 (53). So, by the argument of
+       case 1, q = fl(s / D) and one rounding are right. The elements for which this does not hold are gathered over
+       the whole span.
     1. If exponents prove that s = Σ n_k x_k is exact in float64 (all bits of all terms lie in a window of 53), then
        q = fl(s / D) and one rounding is right: q can hit a midpoint m of the output format only if s = m·D exactly,
        because m·D is itself a float64 (D has at most 52 − precision bits) and nearby float64 values stay apart.
@@ -112,13 +113,15 @@ class WeightedMean:
             self._limbs = [_limbs(n) for n in self.numerators]
             self._minus_denominator = [-limb for limb in _limbs(self.denominator)]
             self._divisor = float(self.denominator)
-        halves = (torch.bfloat16, torch.float16)
-        self._spreads = {dtype: self._largest_spread(dtype) for dtype in halves}
-        self._too_large = {dtype: self._smallest_too_large(dtype) for dtype in halves}
+        self._spreads = {dtype: self._largest_spread(dtype) for dtype in FORMATS}
+        self._too_large = {dtype: self._smallest_too_large(dtype) for dtype in FORMATS}
         # Work space made once: fresh memory for every operator would cost more than most operators here.
         self._float64 = [torch.empty(self.chunk, dtype=torch.float64, device=device) for _ in range(3)]
         self._float32, self._total32 = (torch.empty(self.chunk, dtype=torch.float32, device=device) for _ in range(2))
-        self._magnitudes = [torch.empty(self.chunk, dtype=torch.int16, device=device) for _ in range(3)]
+        self._magnitudes = {
+            dtype: [torch.empty(self.chunk, dtype=dtype, device=device) for _ in range(3)]
+            for dtype in (torch.int16, torch.int32)
+        }
         self._within_block = torch.arange(_BLOCK, device=device)
         self._nowhere = self._within_block[:0]
         self._high = torch.empty(self.chunk, dtype=out_dtype, device=device)
@@ -144,42 +147,49 @@ class WeightedMean:
         finite, far = True, []
         chunks = zip(*(tensor.split(self.chunk) for tensor in (out, *tensors)), strict=True)
         for number, (part, *chunk) in enumerate(chunks):
-            left = self._in_float32(chunk, part, spread) if spread else None
+            left = self._near(chunk, part, spread) if spread else None
             if left is None:
-                finite &= self._in_float64(chunk, part)
+                finite &= self._far(chunk, part)
             elif left.numel():
                 far.append(left + number * self.chunk)
         if far:
             at = torch.cat(far)
             merged = torch.empty(at.numel(), dtype=out.dtype, device=out.device)
-            self._in_float64([tensor[at] for tensor in tensors], merged)
+            self._far([tensor[at] for tensor in tensors], merged)
             out[at] = merged
         return finite
 
     def _largest_spread(self, dtype: torch.dtype) -> int:
-        """Difference of two magnitudes, as integers, below which float32 holds every sum between them; 0 for none."""
-        mantissa = FORMATS[dtype].mantissa_bits
-        fits = self._power_of_two or _odd_bits(self.denominator) <= 23 - FORMATS[self.out_dtype].precision_bits
+        """Difference of two magnitudes, as integers, below which every sum between them is exact; 0 for none."""
+        mantissa, precision = FORMATS[dtype].mantissa_bits, 53 if dtype is torch.float32 else 24
+        fits = (
+            self._power_of_two or _odd_bits(self.denominator) <= precision - 1 - FORMATS[self.out_dtype].precision_bits
+        )
         # Divided by 2^16, the smallest bfloat16 is the smallest float32.
-        if not all(self.numerators) or not fits or self.denominator > 1 << 16:
+        fits &= self._floats_suffice if precision == 53 else self.denominator <= 1 << 16
+        if not fits or not all(self.numerators):
             return 0
         # All terms are multiples of 2^(e − mantissa), the smallest being 2^e or more, and the sum of their magnitudes
-        # is below Σ|n| · 2^(e + d + 1) for exponents that differ by d: at most 2^24 multiples.
+        # is below Σ|n| · 2^(e + d + 1) for exponents that differ by d: at most 2^precision multiples.
         total = sum(map(abs, self.numerators))
-        exponents = 24 - mantissa - 1 - (total - 1).bit_length()
+        exponents = precision - mantissa - 1 - (total - 1).bit_length()
         return max(exponents, 0) << mantissa
 
     def _smallest_too_large(self, dtype: torch.dtype) -> int:
-        """The magnitude, as an integer, from which on a sum may overflow float32 or an element is not finite."""
+        """The magnitude, as an integer, from which on a sum may overflow or an element is not finite."""
         layout, growth = FORMATS[dtype], sum(map(abs, self.numerators)).bit_length()
-        exponents = max(layout.overflow + growth - FORMATS[torch.float32].overflow, 0)
+        exponents = max(layout.overflow + growth - (1024 if dtype is torch.float32 else 128), 0)
         return max(layout.infinity - (exponents << layout.mantissa_bits), 0)
 
-    def _in_float32(self, tensors: Sequence[torch.Tensor], out: torch.Tensor, spread: int) -> torch.Tensor | None:
-        """Write what float32 proves; returns the positions of the other elements, or None if all have to be redone."""
-        spaces = (*self._magnitudes, self._total32, self._float32)
-        largest, least, own, total, term = spaces if out.numel() == self.chunk else (s[: out.numel()] for s in spaces)
-        dtype = tensors[0].dtype
+    def _near(self, tensors: Sequence[torch.Tensor], out: torch.Tensor, spread: int) -> torch.Tensor | None:
+        """Case 0 of the class; returns the positions of what it does not hold for, or None if all has to be redone."""
+        size, dtype = out.numel(), tensors[0].dtype
+        largest, least, own = (space[:size] for space in self._magnitudes[FORMATS[dtype].integer_dtype])
+        narrow, signs = self._float32[:size], self._float64[2][:size]
+        if dtype is torch.float32:
+            total, term = (space[:size] for space in self._float64[:2])
+        else:
+            total, term = self._total32[:size], narrow
         for index, (tensor, numerator) in enumerate(zip(tensors, self.numerators, strict=True)):
             # The bits of a magnitude, which are in the order of the magnitudes; NaN is the largest.
             torch.abs(tensor, out=(own if index else largest).view(dtype))
@@ -198,20 +208,23 @@ class WeightedMean:
         left = self._nowhere
         if int(own.amax()) >= spread:
             # Whole blocks, because to find single elements would cost as much as all that came before.
-            width = _BLOCK if out.numel() % _BLOCK == 0 else 1
+            width = _BLOCK if size % _BLOCK == 0 else 1
             blocks = torch.nonzero(own.view(-1, width).amax(dim=1) >= spread)
-            if blocks.numel() * width * _MOST_FAR > out.numel():
+            if blocks.numel() * width * _MOST_FAR > size:
                 return None
             left = (blocks * width + self._within_block[:width]).view(-1)
         if self._power_of_two:
             total.mul_(1.0 / self._divisor)
         else:
             total.div_(self._divisor)
-        out.copy_(total)
+        if dtype is torch.float32:
+            cast_rounded(total, out, term, signs, narrow)
+        else:
+            out.copy_(total)
         return left
 
-    def _in_float64(self, tensors: Sequence[torch.Tensor], out: torch.Tensor) -> bool:
-        """Cases 1 to 4 of the class, for inputs of any length; returns whether all are finite."""
+    def _far(self, tensors: Sequence[torch.Tensor], out: torch.Tensor) -> bool:
+        """Cases 1 to 4, for inputs of any length; returns whether all are finite."""
         used = [k for k, n in enumerate(self.numerators) if n]
         undecided: list[tuple[torch.Tensor, torch.Tensor]] = []  # (positions, the upper candidates)
         finite = True
