@@ -145,7 +145,7 @@ def _comparable(name: str, checkpoints: Sequence[Checkpoint]) -> bool:
 
 
 def _inner_products(values: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """(K+1, K+1) inner products, (K, K) elements that both changed, (K, K) in the same direction; float64."""
+    """(K+1, K+1) inner products, (K, K) elements that both changed, (K, K) in the same direction; numpy, float64."""
     import torch
 
     from motkit.merge_float import CHUNK_CPU
@@ -162,11 +162,12 @@ def _inner_products(values: Sequence[Any]) -> tuple[Any, Any, Any]:
         for row, value in zip(chunk, values[1:], strict=True):
             row.copy_(value[begin:end].to(torch.float32)).sub_(start)
         inner += chunk @ chunk.T
-        signs = torch.sign(chunk[:-1]).to(torch.float32)  # counts up to 2^24 are exact
+        # No difference of float32 values is too small for float32; and counts up to 2^24 are exact.
+        signs = chunk[:-1].to(torch.float32).sign_()
         signed += signs @ signs.T
         changed = signs.abs_()
         both += changed @ changed.T
-    return inner, both, (both + signed) / 2
+    return inner.numpy(), both.numpy(), ((both + signed) / 2).numpy()
 
 
 def _report(layer: str, sums: _Sums, teachers: Sequence[str]) -> list[Agreement]:
