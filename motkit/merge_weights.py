@@ -1,13 +1,18 @@
-"""Weights of the teachers found on held-out traces (a recipe's ``weights: auto``), so that a teacher's quality counts.
+"""Weights of the teachers that a round finds by itself, so that a teacher's quality counts.
 
-What is minimised is the loss of the merged student, Σ_k w_k θ_k with w in the simplex (w ≥ 0, Σ w = 1), on a fixed set
-of held-out traces. The search is a compass search over the simplex: from the uniform weights, a step's worth of weight
-is moved from one branch to another; the first move that lowers the loss is taken, and tried again from there; where no
-move does, the step is halved. It never ends worse than it began, draws nothing at random, and needs no gradients.
+``weights: accuracy``: every branch answers up to `ASKED_PROBLEMS` of the recipe's seed problems, greedily; its weight
+is the share that it answers right. A branch that learned wrong answers counts for nothing, and branches about as good
+as one another count about alike. Where none answers anything right, all count alike. Cost: those answers.
+
+``weights: auto``: what is minimised is the loss of the merged student, Σ_k w_k θ_k with w in the simplex (w ≥ 0,
+Σ w = 1), on a fixed set of held-out traces. The search is a compass search over the simplex: from the uniform weights,
+a step's worth of weight is moved from one branch to another; the first move that lowers the loss is taken, and tried
+again from there; where no move does, the step is halved. It never ends worse than it began, draws nothing at random,
+and needs no gradients.
 
 Cost: at most 12 K forward passes over the fixed set (K branches), and as many averages of K models in memory.
 
-Paper gap: the paper weighs all teachers alike; this is an option beyond it.
+Paper gap: the paper weighs all teachers alike; these are options beyond it.
 """
 
 import collections
@@ -20,6 +25,7 @@ from typing import Any
 
 from motkit.errors import UserError
 
+ASKED_PROBLEMS = 128
 EVALUATIONS_PER_BRANCH = 12
 FIRST_STEP, LAST_STEP = 0.25, 0.02
 

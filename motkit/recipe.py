@@ -420,7 +420,7 @@ class Recipe(_Section):
     train: dict[str, Any]
     merge: str | dict[str, Any] = "mot"
     merged_adapter: MergedAdapter | None = Field(default=None, description="true, or {r: N}; goes with train.lora")
-    weights: str | dict[str, float] | None = Field(default=None, description="auto, or teacher → number ≥ 0")
+    weights: str | dict[str, float] | None = Field(default=None, description="auto, accuracy, or teacher → number ≥ 0")
     server: Server | None = None
     precision: Precision = Precision()
     keep_branches: Literal["all", "last", "none"] = Field(
@@ -466,10 +466,15 @@ class Recipe(_Section):
         if self.branches == "union":
             faults.append("weights: 'branches: union' has one branch; leave 'weights' out")
         if isinstance(weights, str):
-            if weights != "auto":
-                faults.append(f"weights: got {weights!r}, expected auto or a mapping of teachers to numbers")
-            elif self.evaluate is None or not self.evaluate.traces:
+            if weights not in ("auto", "accuracy"):
+                faults.append(f"weights: got {weights!r}, expected auto, accuracy or a mapping of teachers to numbers")
+            elif weights == "auto" and (self.evaluate is None or not self.evaluate.traces):
                 faults.append("weights: auto needs held-out traces; give 'evaluate.traces', or a number per teacher")
+            elif self.evaluate is None:
+                faults.append(
+                    "weights: accuracy asks the branches with the engine and max_tokens of 'evaluate'; give it, or a "
+                    "number per teacher"
+                )
         else:
             faults += [f"weights.{name}: missing; give every teacher a number" for name in names if name not in weights]
             for name, weight in weights.items():

@@ -188,6 +188,8 @@ def plan_rounds(recipe: Recipe, run: str | Path, *, rounds: int | None = None) -
     merged_bytes = now.parameters * _BYTES[recipe.precision.carry]
     if recipe.merged_adapter is not None and recipe.lora is not None:
         merged_bytes += now.adapter_parameters * 4 * (recipe.merged_adapter.r or recipe.lora.r) // recipe.lora.r
+    if recipe.server is not None:
+        merged_bytes += size  # its velocity
     plan = [
         StagePlan(
             "traces",
@@ -559,8 +561,8 @@ class _Run:
         if self.recipe.merged_adapter is not None:
             inputs["merged_adapter"] = self.recipe.merged_adapter.model_dump()
         if self.recipe.weights is not None:
-            heldout = {k: e["sha256"] for k, e in self.input_hashes.items() if k.startswith("evaluate")}
-            inputs["weights"] = [self.recipe.weights, heldout] if self.recipe.weights == "auto" else self.recipe.weights
+            weights = self.recipe.weights
+            inputs["weights"] = weights if isinstance(weights, dict) else [weights, *self._weighed_by()]
         velocity = self.folder.merged(number - 1) / "server" if server is not None and number > 1 else None
         if server is not None:
             before = rundir.read_done(velocity.parent) if velocity is not None else None
@@ -578,11 +580,11 @@ class _Run:
             self._say_stage(folder, "runs")
             ordered, averages = list(branches.values()), merge.takes_adapters(self.merge_config)
             with rundir.publish(folder) as partial, Meter() as meter:
-                weights = self._branch_weights(branches, partial)
+                shares, cost = self._branch_weights(branches, partial)
                 settings: dict[str, Any] = {
                     "base": student.path,
                     "branches": [b.adapter if averages and b.adapter else b.path for b in ordered],
-                    "weights": weights,
+                    "weights": shares,
                     "out_dtype": carry,
                     "seed": self.recipe.seed + number,
                     "quiet": not self.progress,
@@ -603,10 +605,19 @@ class _Run:
                 if self.recipe.merged_adapter is not None:
                     self._extract_adapter(partial, ordered)
                 meter.stop()
-                cost = {**meter.cost, "bytes_read": report.bytes_read, "bytes_written": report.bytes_written}
+                cost |= {**meter.cost, "bytes_read": report.bytes_read, "bytes_written": report.bytes_written}
                 record = rundir.write_done(partial, inputs, cost=cost)
             self.made_here.add(folder / "checkpoint")
         return Model(folder / "checkpoint", rundir.checkpoint_digest(record))
+
+    def _weighed_by(self) -> list[Any]:
+        """What the weights that a round finds depend on, besides its branches."""
+        if self.recipe.weights == "auto":
+            return [{k: e["sha256"] for k, e in self.input_hashes.items() if k.startswith("evaluate")}]
+        if self.recipe.weights == "accuracy" and self.recipe.evaluate is not None:
+            sampling, verifier = self.recipe.evaluate.sampling.model_dump(), self.recipe.evaluation_verifier
+            return [self.input_hashes["problems"]["sha256"], sampling, verifier]
+        return []
 
     def _extract_adapter(self, merged: Path, branches: Sequence[Model]) -> None:
         """``adapter/`` and ``adapter_error.json`` of a merge: its update since the run's own student."""
@@ -625,13 +636,18 @@ class _Run:
         rundir.write_json(merged / "adapter_error.json", error)
         self.say(f"merged adapter: rank {error['rank']}, relative error {error['relative_error']:.3g}")
 
-    def _branch_weights(self, branches: Mapping[str, Model], partial: Path) -> list[float] | None:
-        """The recipe's weights, or those that a search finds; recorded in ``weights.json``."""
+    def _branch_weights(
+        self, branches: Mapping[str, Model], partial: Path
+    ) -> tuple[list[float] | None, dict[str, float]]:
+        """(the recipe's weights, or those that are found; what that cost); recorded in ``weights.json``."""
         chosen = self.recipe.weights
         if chosen is None:
-            return None
+            return None, {}
         found: dict[str, Any] = {}
-        if isinstance(chosen, str):
+        cost: dict[str, float] = {}
+        if chosen == "accuracy":
+            chosen, found, cost = self._accuracies(branches, partial / "weights")
+        elif isinstance(chosen, str):
             assert self.scorer is not None
             traces = weights_subset(self.scorer.heldout)
             mean = merge_weights.MeanInMemory([branch.path for branch in branches.values()])
@@ -646,7 +662,45 @@ class _Run:
                 f"{search.evaluations} evaluations)"
             )
         rundir.write_json(partial / "weights.json", {"weights": chosen, **found})
-        return [chosen[name] for name in branches]
+        return [chosen[name] for name in branches], cost
+
+    def _accuracies(
+        self, branches: Mapping[str, Model], folder: Path
+    ) -> tuple[dict[str, float], dict[str, Any], dict[str, float]]:
+        """(weights, what ``weights.json`` says besides, cost) of ``weights: accuracy``; answers go to ``folder``."""
+        settings = self.recipe.evaluate
+        assert settings is not None
+        # Drawn, because files of problems are often in the order of their difficulty; the same in every round.
+        drawn = sorted(self.problems, key=lambda name: rundir.digest([self.recipe.seed, name]))
+        asked = {name: self.problems[name] for name in drawn[: merge_weights.ASKED_PROBLEMS]}
+        greedy = {"samples": 1, "traces": {}, "sampling": settings.sampling.model_copy(update={"temperature": 0.0})}
+        scorer = Scorer(
+            settings.model_copy(update=greedy),
+            verifier=self.recipe.evaluation_verifier,
+            seed=self.recipe.seed,
+            renderer=self.renderer,
+            imported=self.folder.source("problems"),
+            verifiers=self.verifier,
+            problems=asked,
+        )
+        entries = {
+            name: scorer.score(
+                branch.path,
+                identity=branch.digest,
+                name=f"weight of {name}",
+                results=folder / f"{name}.jsonl",
+                log=self.folder.logs / "evaluate.log",
+                progress=self.progress,
+            )
+            for name, branch in branches.items()
+        }
+        accuracy = {name: float(entry["scores"]["accuracy"]) for name, entry in entries.items()}
+        listed = ", ".join(f"{name} {100 * share:.1f} %" for name, share in accuracy.items())
+        none = "" if any(accuracy.values()) else "; all count alike"
+        self.say(f"weights: right answers to {len(asked)} seed problems: {listed}{none}")
+        cost = {key: sum(entry["cost"][key] for entry in entries.values()) for key in ("tokens", "flops")}
+        weights = accuracy if any(accuracy.values()) else dict.fromkeys(accuracy, 1.0)
+        return weights, {"accuracy": accuracy, "problems": len(asked)}, cost
 
     def _write_agreement(self, student: Model, branches: Mapping[str, Model], partial: Path) -> None:
         """``agreement.csv``; a merge that changes the model's shape has none."""

@@ -29,6 +29,7 @@ class Scorer:
         renderer: the student's, for the held-out traces.
         imported: where problems that come from the hub are kept.
         verifiers: name → verifier, held by the caller.
+        problems: to ask instead of those that the settings name.
 
     Raises:
         UserError: problems or traces that cannot be read, or that do not fit the student.
@@ -43,6 +44,7 @@ class Scorer:
         renderer: Renderer,
         imported: Path,
         verifiers: Callable[[str], Verifier],
+        problems: Mapping[str, SeedProblem] | None = None,
     ) -> None:
         self.settings, self.seed = settings, seed
         self.problems: dict[str, SeedProblem] = {}
@@ -50,7 +52,9 @@ class Scorer:
         self._verifier_name, self._verifiers, self._imported = verifier, verifiers, imported
         self._all_problems: dict[str, SeedProblem] = {}
         source = settings.problem_source
-        if source is not None:
+        if problems is not None:
+            self.problems = dict(problems)
+        elif source is not None:
             self._all_problems, self.problems = importing.source_problems(source, imported)
         for name, file in settings.traces.items():
             self.heldout[name] = []

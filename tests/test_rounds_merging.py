@@ -15,6 +15,7 @@ import motkit
 from motkit.cli import main
 from motkit.errors import UserError
 from motkit.merge_agreement import measure_agreement, read_agreement
+from motkit.scoring import Scorer
 
 SERVER = "server={learning_rate: 0.8, momentum: 0.5, nesterov: true}"
 
@@ -95,6 +96,37 @@ def test_a_merge_made_again_goes_on_from_the_same_velocity(served, tmp_path):
         run(recipe, copy, "weights=auto", SERVER)
 
 
+def test_weights_by_right_answers_to_seed_problems(served, tmp_path, monkeypatch):
+    recipe, _, _ = served
+    short = ["weights=accuracy", "rounds=1", "train.max_steps=2"]
+    _, said = run(recipe, tmp_path / "none", *short)
+    stage = tmp_path / "none/round_01/merged"
+    asked = json.loads((stage / "weights.json").read_text())["problems"]
+    problems = [json.loads(line) for line in (recipe.parent / "problems.jsonl").read_text().splitlines()]
+    assert asked == len(problems)
+    # A random model answers nothing right.
+    assert [line for line in said if line.startswith("weights")] == [
+        f"weights: right answers to {asked} seed problems: plain 0.0 %, wordy 0.0 %; all count alike"
+    ]
+    answers = [json.loads(line) for line in (stage / "weights/wordy.jsonl").read_text().splitlines()]
+    assert sorted(row["problem_id"] for row in answers) == sorted(problem["id"] for problem in problems)
+    cost = json.loads((stage / "done.json").read_text())["cost"]
+    assert cost["tokens"] > sum(row["tokens"] for row in answers)
+    assert cost["flops"] > 0
+
+    def score(self, checkpoint, **settings):
+        right = 0.75 if "plain" in checkpoint.parts else 0.25
+        return {"scores": {"accuracy": right, "heldout_loss": 1.0}, "cost": {"tokens": 7, "flops": 14.0}}
+
+    monkeypatch.setattr(Scorer, "score", score)
+    run(recipe, tmp_path / "some", *short)
+    stage = tmp_path / "some/round_01"
+    names = sorted(weights(stage / "merged/checkpoint"))
+    plain, wordy = (flat(stage / "branches" / name / "checkpoint", names) for name in ("plain", "wordy"))
+    assert (flat(stage / "merged/checkpoint", names) - (3 * plain + wordy) / 4).abs().max() < 1e-7
+    assert json.loads((stage / "merged/done.json").read_text())["cost"]["tokens"] == 14
+
+
 def test_fixed_weights_and_bad_ones(served, tmp_path):
     recipe, _, _ = served
     _, said = run(recipe, tmp_path / "run", "weights={plain: 3, wordy: 1}", "rounds=1", "train.max_steps=2")
@@ -105,7 +137,7 @@ def test_fixed_weights_and_bad_ones(served, tmp_path):
     assert json.loads((stage / "merged/weights.json").read_text()) == {"weights": {"plain": 3.0, "wordy": 1.0}}
     assert not [line for line in said if line.startswith("weights")]
     cases = {
-        "weights=best": "weights: got 'best', expected auto or a mapping",
+        "weights=best": "weights: got 'best', expected auto, accuracy or a mapping",
         "weights={plain: 1}": "weights.wordy: missing; give every teacher a number",
         "weights={plain: 1, wordy: -1}": "weights.wordy: got -1.0, expected a number of at least 0",
         "weights={plain: 1, wordy: 1, wrody: 1}": "weights.wrody: no such teacher; did you mean 'wordy'?",
@@ -120,6 +152,8 @@ def test_fixed_weights_and_bad_ones(served, tmp_path):
         assert fault in str(caught.value), (override, str(caught.value))
     with pytest.raises(UserError, match="'branches: union' has one branch"):
         motkit.load_recipe(recipe, ["weights=auto", "branches=union"])
+    with pytest.raises(UserError, match="weights: accuracy asks the branches with the engine"):
+        motkit.load_recipe(recipe, ["weights=accuracy", "evaluate=null"])
     with pytest.raises(UserError, match="weights: auto needs held-out traces"):
         motkit.load_recipe(recipe, ["weights=auto", "evaluate=null"])
     with pytest.raises(UserError, match="weights: merge method 'mot_median' has no weight per branch"):
