@@ -3,7 +3,6 @@
 mergekit ignores keys and parameters that it does not know; here they are refused, with the nearest name.
 """
 
-import difflib
 import math
 import os
 import re
@@ -15,7 +14,7 @@ import yaml
 
 from motkit.bundle import bundled_files
 from motkit.checkpoint import find_checkpoint, pruned_fault
-from motkit.errors import UserError
+from motkit.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from mergekit.merge_methods import MergeMethodSpec
@@ -110,11 +109,6 @@ def _config_path(config: str | Path) -> Path:
     raise UserError(f"{config}: merge config not found; give a path to a YAML file or a bundled name ({known})")
 
 
-def _nearest(name: object, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-
-
 def method_spec(method: str) -> "MergeMethodSpec":
     from mergekit import merge_methods
 
@@ -140,7 +134,7 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
             return {}
         for key in value:
             if keys is not None and key not in keys:
-                faults.append(f"{where}: unknown key {key!r}; {_nearest(key, keys)}".removeprefix(": "))
+                faults.append(f"{where}: unknown key {key!r}{nearest(key, keys)}".removeprefix(": "))
         return value
 
     def entries(value: Any, where: str) -> list[Any]:
@@ -161,9 +155,7 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
             from mergekit.merge_methods import registered_methods
 
             known = sorted(m.spec.name for m in registered_methods())
-            close = difflib.get_close_matches(method, known, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            faults.append(f"merge_method: unknown method {method!r}; {hint}known: {', '.join(known)}")
+            faults.append(f"merge_method: unknown method {method!r}{nearest(method, known)}")
 
     def parameters(owner: dict[str, Any], where: str, per_input: bool) -> None:
         found = owner.get("parameters")
@@ -174,8 +166,8 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
             here = f"{where}parameters.{name}"
             if name not in known:
                 names = list(known)
-                hint = _nearest(name, names) if names else f"{method} has no parameters"
-                faults.append(f"{here}: merge method {method!r} has no such parameter; {hint}")
+                hint = nearest(name, names) if names else f"; {method} has no parameters"
+                faults.append(f"{here}: merge method {method!r} has no such parameter{hint}")
                 continue
             if per_input and known[name].scope.value == "shared":
                 faults.append(f"{here}: one value for the whole merge; move it to the top-level parameters")
@@ -245,7 +237,7 @@ def _type_name(value_type: Any) -> str:
 def _dtype_faults(name: object) -> list[str]:
     if str(name).removeprefix("torch.") in _DTYPES:
         return []
-    return [f"unknown dtype {name!r}; {_nearest(name, _DTYPES)}"]
+    return [f"unknown dtype {name!r}{nearest(name, _DTYPES)}"]
 
 
 def _setting_values(setting: Any) -> Iterator[Any]:

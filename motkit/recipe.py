@@ -7,7 +7,6 @@ together in one `UserError`, a line each.
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import os
 import re
@@ -32,7 +31,7 @@ from pydantic import (
 from yaml import YAMLError
 
 from motkit.bundle import bundled_files
-from motkit.errors import UserError
+from motkit.errors import UserError, nearest
 from motkit.importing import columns_fault, is_hub_source
 from motkit.traces import verifier_fault
 
@@ -479,7 +478,7 @@ class Recipe(_Section):
             faults += [f"weights.{name}: missing; give every teacher a number" for name in names if name not in weights]
             for name, weight in weights.items():
                 if name not in names:
-                    faults.append(f"weights.{name}: no such teacher{_nearest(name, names)}")
+                    faults.append(f"weights.{name}: no such teacher{nearest(name, names)}")
                 elif not 0 <= weight < float("inf"):
                     faults.append(f"weights.{name}: got {weight}, expected a number of at least 0")
             if not faults and not sum(weights.values()) > 0:
@@ -567,9 +566,7 @@ def recipe_path(recipe: str | Path) -> Path:
     bundled = bundled_files("recipes")
     if str(recipe) in bundled:
         return bundled[str(recipe)]
-    raise UserError(
-        f"{recipe}: no such recipe file, and no bundled recipe of that name{_nearest(str(recipe), bundled)}"
-    )
+    raise UserError(f"{recipe}: no such recipe file, and no bundled recipe of that name{nearest(str(recipe), bundled)}")
 
 
 def recipe_name(path: Path) -> str:
@@ -669,7 +666,7 @@ def _train_faults(train: Mapping[str, Any]) -> list[str]:
         elif key in _RESERVED_TRAIN_FIELDS:
             faults.append(f"train.{key}: motkit sets this field itself; remove it: {_RESERVED_TRAIN_FIELDS[key]}")
         elif key not in fields:
-            faults.append(f"train.{key}: not a field of TRL's SFTConfig{_nearest(key, fields)}")
+            faults.append(f"train.{key}: not a field of TRL's SFTConfig{nearest(key, fields)}")
         elif not _fits(fields[key], value):
             expected = getattr(fields[key], "__name__", None) or str(fields[key])
             faults.append(f"train.{key}: got {value!r}, expected {expected}")
@@ -703,7 +700,7 @@ def _lora_faults(lora: Any) -> list[str]:
         for fault in error.errors():
             key = str(fault["loc"][0])
             if fault["type"] == "extra_forbidden":
-                faults.append(f"train.lora.{key}: unknown key{_nearest(key, Lora.model_fields)}")
+                faults.append(f"train.lora.{key}: unknown key{nearest(key, Lora.model_fields)}")
             else:
                 faults.append(f"train.lora.{key}: got {fault['input']!r}, {fault['msg'][0].lower()}{fault['msg'][1:]}")
     return list(dict.fromkeys(faults))
@@ -722,7 +719,7 @@ def _report_to_faults(targets: Any) -> list[str]:
     faults, known, installed = [], set(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
     for target in listed:
         if target not in known | {"none", "all"}:
-            faults.append(f"train.report_to: unknown target {target!r}{_nearest(str(target), known)}")
+            faults.append(f"train.report_to: unknown target {target!r}{nearest(str(target), known)}")
         elif target not in installed and target not in {"none", "all"}:
             faults.append(f"train.report_to: {target} is not installed; pip install {target}, or leave it out")
     return faults
@@ -847,7 +844,7 @@ def _describe(fault: Any) -> str:
     ]
     where = ".".join(f"[{part}]" if isinstance(part, int) else str(part) for part in location).replace(".[", "[")
     if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_nearest(str(location[-1]), _section_fields(location[:-1]))}"
+        return f"{where}: unknown key{nearest(str(location[-1]), _section_fields(location[:-1]))}"
     if fault["type"] == "missing":
         return f"{where}: missing; this key is needed"
     message = fault["msg"].removeprefix("Value error, ")
@@ -885,14 +882,6 @@ def missing_data_remedy(path: Path) -> str:
     if script.is_file():
         return f"; make it with 'python {_short(script)}'"
     return "; correct the path, or override it with key=value"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean '{close[0]}'?"
-    listed = sorted(known)
-    return f"; known: {', '.join(listed)}" if 0 < len(listed) <= 20 else ""
 
 
 def _short(path: Path) -> str:
