@@ -10,11 +10,12 @@ All merge the same Llama-shaped bfloat16 checkpoints (a student and branches nea
   which its result is far off), and the errors of both against a float64 computation, in units of rounding once;
 * robust: `motkit merge` with mot_median and mot_geometric_median; no peer in mergekit;
 * disk: mot inside a process, imports aside, and `cat` of the inputs to nowhere and of one of them to a new file;
-* memory: mot and mot_ties in a process that may not allocate more than a quarter of one branch.
+* memory: mot, mot_ties and robust means where no process may allocate more than a quarter of one branch.
 
 The runs of a case alternate, so that a slow spell of the machine hits both. mergekit's linear runs without
-`dtype: float32`, which it does not need and which would slow it down. Peak memory is the process's maximum resident
-set, file pages that it maps included.
+`dtype: float32`, which it does not need and which would slow it down. Peak memory is the maximum resident set of the
+process, or of the largest that it started, file pages that it maps included: `motkit merge` forks a worker per core,
+which shares what it was forked with and adds some 22 MB of its own to it.
 
 This process stays small (the checkpoints are made by another one): Linux counts the size of the process that starts a
 child into the child's maximum.
