@@ -6,10 +6,12 @@ forks, as torch's DataLoader does, and a small one is done in this process.
 """
 
 import contextlib
+import gc
 import os
 import pickle
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -88,15 +90,16 @@ class Crew:
         try:
             for _ in range(self._workers):
                 ours, theirs = Pipe()
-                workers[ours] = _fork(lambda end=theirs: _work(end, self._make_space, do, report), [*workers, ours])  # type: ignore[misc]
+                with _uninterrupted():
+                    workers[ours] = _fork(lambda end=theirs: _work(end, self._make_space, do, report), [*workers, ours])  # type: ignore[misc]
                 theirs.close()
             for worker in [worker for _ in range(_IN_ADVANCE) for worker in workers]:
-                worker.send(next(waiting, None))
+                _give(worker, next(waiting, None))
             busy: list[Any] = list(workers)
             while busy:
                 ready: list[Any] = wait(busy)
                 for worker in ready:
-                    said = worker.recv()
+                    said = _hear(worker)
                     if isinstance(said, _Failed):
                         raise said.error
                     if isinstance(said, _Report):
@@ -105,16 +108,39 @@ class Crew:
                         continue
                     total += said
                     self._advance(said)
-                    worker.send(next(waiting, None))
-        except (EOFError, ConnectionError) as error:
-            raise UserError("a process of this merge was killed; is there too little memory?") from error
+                    _give(worker, next(waiting, None))
         finally:
-            for worker, process in workers.items():
-                worker.close()
+            for process in workers.values():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
-                os.waitpid(process, 0)
+            for worker, process in workers.items():
+                worker.close()
+                with contextlib.suppress(ChildProcessError):  # who started us ignores SIGCHLD
+                    os.waitpid(process, 0)
         return total, reports
+
+
+def _give(worker: Connection, job: Any) -> None:
+    # A worker that has ended, with its report or a fault, has said so in what is still to be heard.
+    with contextlib.suppress(ConnectionError):
+        worker.send(job)
+
+
+def _hear(worker: Connection) -> Any:
+    try:
+        return worker.recv()
+    except (EOFError, ConnectionError) as error:
+        raise UserError("a process of this merge was killed; is there too little memory?") from error
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits: a fork that got it before it is set up would go on as the parent."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _num_workers() -> int:
@@ -144,6 +170,9 @@ def _fork(work: Callable[[], None], not_ours: Sequence[Connection]) -> int:
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends us
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        gc.freeze()  # what is the parent's, a tensor on a GPU perhaps, is not ours to collect
         for connection in not_ours:
             connection.close()  # so that the pipes end when the parent does
         work()
@@ -168,7 +197,18 @@ def _work(
     except (EOFError, BrokenPipeError):  # the parent is gone
         return
     except BaseException as error:
-        connection.send(_Failed(error))
+        connection.send(_Failed(_sendable(error)))
+
+
+def _sendable(error: BaseException) -> BaseException:
+    """The exception with its traceback as a note; one that cannot be sent as a RuntimeError that tells all of it."""
+    told = "".join(traceback.format_exception(error))
+    try:
+        error.add_note(f"in a process of the merge:\n{told}")
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(told)
+    return error
 
 
 @contextlib.contextmanager

@@ -79,6 +79,40 @@ def test_a_killed_worker_is_said(forked):
         Crew(lambda: None, 0, lambda count: None).run(range(9), lambda _, job: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def test_a_slow_parent_loses_nothing(forked):
+    """A worker that has nothing left to do ends while the parent is busy with something else."""
+    for num_jobs in (0, 1, 4, 9):
+        done, _ = Crew(lambda: None, 0, lambda count: time.sleep(0.01)).run(range(num_jobs), lambda _, job: job)
+        assert done == sum(range(num_jobs))
+
+    def slowly():
+        for job in range(20):
+            time.sleep(0.03)
+            yield job
+
+    def do(space, job):
+        raise UserError(f"job {job} fails at once")
+
+    with pytest.raises(UserError, match="fails at once"):
+        Crew(lambda: None, 0, lambda count: None).run(slowly(), do)
+
+
+def test_a_bug_in_a_worker_shows_itself(forked):
+    class Local(Exception):
+        pass
+
+    def do(space, job):
+        if job == 1:
+            raise Local("cannot be pickled")
+        raise KeyError("can be")
+
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*in do.*Local: cannot be pickled"):
+        Crew(lambda: None, 0, lambda count: None).run([1], do)
+    with pytest.raises(KeyError) as caught:
+        Crew(lambda: None, 0, lambda count: None).run([2], do)
+    assert "in do" in caught.value.__notes__[0]
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
 def test_workers_do_not_outlive_their_parent(signal_number, tmp_path):
     parent = subprocess.Popen(
