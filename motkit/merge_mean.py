@@ -113,6 +113,14 @@ class WeightedMean:
             self._limbs = [_limbs(n) for n in self.numerators]
             self._minus_denominator = [-limb for limb in _limbs(self.denominator)]
             self._divisor = float(self.denominator)
+            # On a GPU torch divides by a number by multiplying with its inverse, which is no division; by a tensor it
+            # divides.
+            self._divisors: dict[torch.dtype, float | torch.Tensor] = {
+                dtype: self._divisor
+                if self.device.type == "cpu"
+                else torch.tensor([self._divisor], device=device).to(dtype)
+                for dtype in (torch.float32, torch.float64)
+            }
         self._spreads = {dtype: self._largest_spread(dtype) for dtype in FORMATS}
         self._too_large = {dtype: self._smallest_too_large(dtype) for dtype in FORMATS}
         # Work space made once: fresh memory for every operator would cost more than most operators here.
@@ -216,7 +224,7 @@ class WeightedMean:
         if self._power_of_two:
             total.mul_(1.0 / self._divisor)
         else:
-            total.div_(self._divisor)
+            total.div_(self._divisors[total.dtype])
         if dtype is torch.float32:
             cast_rounded(total, out, term, signs, narrow)
         else:
@@ -288,7 +296,7 @@ class WeightedMean:
         if self._power_of_two:
             total.mul_(1.0 / self._divisor)
         else:
-            total.div_(self._divisor)
+            total.div_(self._divisors[total.dtype])
         cast_rounded(total, out, term, signs, narrow)
 
     def _careful(
@@ -322,7 +330,7 @@ class WeightedMean:
         total, error, slack = _cascade(
             t.to(torch.float64) * limb for t, k in zip(tensors, used, strict=True) for limb in self._limbs[k]
         )
-        bound, quotient = error.abs_().add_(slack), total.div_(self._divisor)
+        bound, quotient = error.abs_().add_(slack), total.div_(self._divisors[total.dtype])
         # Where the sum is exact the quotient is as good as exact (case 1); elsewhere it adds its own rounding.
         inexact = bound / self._divisor * (1 + 2.0**-20) + quotient.abs() * 2.0**-51
         return quotient, torch.where(bound == 0, 0.0, inexact)

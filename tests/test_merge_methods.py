@@ -398,3 +398,9 @@ def test_a_gpu_gives_the_bits_of_the_cpu():
         cpu = weighted_mean(tensors, [*coefficients, base], out_dtype)
         gpu = weighted_mean([t.cuda() for t in tensors], [*coefficients, base], out_dtype).cpu()
         assert torch.equal(bits(cpu), bits(gpu))
+    # Quotients at midpoints: a GPU that multiplied with 1/14 or 1/49 instead of dividing would miss them.
+    for count in (3, 7, 14, 49):
+        near = [(1.5 + torch.randint(0, 2, (4000,), generator=generator) / 128).bfloat16() for _ in range(count)]
+        coefficients, _ = mot_coefficients([1.0] * count)
+        gpu = weighted_mean([t.cuda() for t in near], coefficients).cpu()
+        assert torch.equal(bits(weighted_mean(near, coefficients)), bits(gpu))
