@@ -506,6 +506,11 @@ class Recipe(_Section):
         return own or (self.filter.verifier if self.filter.verifier != "none" else "math")
 
     @property
+    def seed_problem_verifier(self) -> str:
+        """What judges the student's answers to the seed problems: the same as the teachers', if that is any."""
+        return self.filter.verifier if self.filter.verifier != "none" else self.evaluation_verifier
+
+    @property
     def lora(self) -> Lora | None:
         """How branches train adapters; None if they train the whole student."""
         return Lora.model_validate(self.train["lora"]) if "lora" in self.train else None

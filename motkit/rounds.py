@@ -580,7 +580,7 @@ class _Run:
             self._say_stage(folder, "runs")
             ordered, averages = list(branches.values()), merge.takes_adapters(self.merge_config)
             with rundir.publish(folder) as partial, Meter() as meter:
-                shares, cost = self._branch_weights(branches, partial)
+                shares, cost = self._branch_weights(number, branches, partial)
                 settings: dict[str, Any] = {
                     "base": student.path,
                     "branches": [b.adapter if averages and b.adapter else b.path for b in ordered],
@@ -615,7 +615,7 @@ class _Run:
         if self.recipe.weights == "auto":
             return [{k: e["sha256"] for k, e in self.input_hashes.items() if k.startswith("evaluate")}]
         if self.recipe.weights == "accuracy" and self.recipe.evaluate is not None:
-            sampling, verifier = self.recipe.evaluate.sampling.model_dump(), self.recipe.evaluation_verifier
+            sampling, verifier = self.recipe.evaluate.sampling.model_dump(), self.recipe.seed_problem_verifier
             return [self.input_hashes["problems"]["sha256"], sampling, verifier]
         return []
 
@@ -637,7 +637,7 @@ class _Run:
         self.say(f"merged adapter: rank {error['rank']}, relative error {error['relative_error']:.3g}")
 
     def _branch_weights(
-        self, branches: Mapping[str, Model], partial: Path
+        self, number: int, branches: Mapping[str, Model], partial: Path
     ) -> tuple[list[float] | None, dict[str, float]]:
         """(the recipe's weights, or those that are found; what that cost); recorded in ``weights.json``."""
         chosen = self.recipe.weights
@@ -646,7 +646,7 @@ class _Run:
         found: dict[str, Any] = {}
         cost: dict[str, float] = {}
         if chosen == "accuracy":
-            chosen, found, cost = self._accuracies(branches, partial / "weights")
+            chosen, found, cost = self._accuracies(number, branches)
         elif isinstance(chosen, str):
             assert self.scorer is not None
             traces = weights_subset(self.scorer.heldout)
@@ -665,9 +665,12 @@ class _Run:
         return [chosen[name] for name in branches], cost
 
     def _accuracies(
-        self, branches: Mapping[str, Model], folder: Path
+        self, number: int, branches: Mapping[str, Model]
     ) -> tuple[dict[str, float], dict[str, Any], dict[str, float]]:
-        """(weights, what ``weights.json`` says besides, cost) of ``weights: accuracy``; answers go to ``folder``."""
+        """(weights, what ``weights.json`` says besides, cost) of ``weights: accuracy``.
+
+        The answers stay in ``round_NN/weights``, outside of the stage, so that an interrupted one goes on with them.
+        """
         settings = self.recipe.evaluate
         assert settings is not None
         # Drawn, because files of problems are often in the order of their difficulty; the same in every round.
@@ -676,30 +679,39 @@ class _Run:
         greedy = {"samples": 1, "traces": {}, "sampling": settings.sampling.model_copy(update={"temperature": 0.0})}
         scorer = Scorer(
             settings.model_copy(update=greedy),
-            verifier=self.recipe.evaluation_verifier,
+            verifier=self.recipe.seed_problem_verifier,
             seed=self.recipe.seed,
             renderer=self.renderer,
             imported=self.folder.source("problems"),
             verifiers=self.verifier,
             problems=asked,
         )
-        entries = {
-            name: scorer.score(
+        file = self.folder.weights(number) / "scores.json"
+        entries = rundir.read_json(file)
+        for name, branch in branches.items():
+            inputs = scorer.inputs(branch.digest, {"problems": self.input_hashes["problems"]["sha256"]})
+            results = file.with_name(f"{name}.jsonl")
+            if entries.get(name, {}).get("inputs") == inputs and results.is_file():
+                continue
+            entry = scorer.score(
                 branch.path,
                 identity=branch.digest,
                 name=f"weight of {name}",
-                results=folder / f"{name}.jsonl",
+                results=results,
                 log=self.folder.logs / "evaluate.log",
                 progress=self.progress,
             )
-            for name, branch in branches.items()
-        }
+            entries[name] = {"inputs": inputs, **entry}
+            rundir.write_json(file, entries)
+        entries = {name: entries[name] for name in branches}
         accuracy = {name: float(entry["scores"]["accuracy"]) for name, entry in entries.items()}
         listed = ", ".join(f"{name} {100 * share:.1f} %" for name, share in accuracy.items())
         none = "" if any(accuracy.values()) else "; all count alike"
         self.say(f"weights: right answers to {len(asked)} seed problems: {listed}{none}")
         cost = {key: sum(entry["cost"][key] for entry in entries.values()) for key in ("tokens", "flops")}
-        weights = accuracy if any(accuracy.values()) else dict.fromkeys(accuracy, 1.0)
+        # Numbers of right answers, not shares: whole numbers keep the mean's arithmetic simple.
+        right = {name: float(round(share * len(asked))) for name, share in accuracy.items()}
+        weights = right if any(right.values()) else dict.fromkeys(right, 1.0)
         return weights, {"accuracy": accuracy, "problems": len(asked)}, cost
 
     def _write_agreement(self, student: Model, branches: Mapping[str, Model], partial: Path) -> None:

@@ -194,6 +194,10 @@ class RunDir:
         """What a checkpoint answered to each problem, and whether it was right, JSONL (`motkit.evaluate`)."""
         return self.round(number) / "evaluation" / f"{name}.jsonl"
 
+    def weights(self, number: int) -> Path:
+        """What the branches of a round answered to seed problems, for ``weights: accuracy``."""
+        return self.round(number) / "weights"
+
     def source(self, key: str) -> Path:
         """What a run fetched from the hub, once: problems or a teacher's traces, JSONL."""
         return self.root / "sources" / f"{key}.jsonl"

@@ -108,7 +108,7 @@ def test_weights_by_right_answers_to_seed_problems(served, tmp_path, monkeypatch
     assert [line for line in said if line.startswith("weights")] == [
         f"weights: right answers to {asked} seed problems: plain 0.0 %, wordy 0.0 %; all count alike"
     ]
-    answers = [json.loads(line) for line in (stage / "weights/wordy.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (tmp_path / "none/round_01/weights/wordy.jsonl").read_text().splitlines()]
     assert sorted(row["problem_id"] for row in answers) == sorted(problem["id"] for problem in problems)
     cost = json.loads((stage / "done.json").read_text())["cost"]
     assert cost["tokens"] > sum(row["tokens"] for row in answers)
@@ -116,14 +116,29 @@ def test_weights_by_right_answers_to_seed_problems(served, tmp_path, monkeypatch
 
     def score(self, checkpoint, **settings):
         right = 0.75 if "plain" in checkpoint.parts else 0.25
+        settings["results"].parent.mkdir(parents=True, exist_ok=True)
+        settings["results"].touch()
         return {"scores": {"accuracy": right, "heldout_loss": 1.0}, "cost": {"tokens": 7, "flops": 14.0}}
+
+    # A merge that is made again has its answers already.
+    before = hashes(tmp_path / "none")
+    for gone in ("merged", "published"):
+        shutil.rmtree(tmp_path / "none/round_01" / gone)
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "score", lambda self, checkpoint, **settings: pytest.fail("asked again"))
+        run(recipe, tmp_path / "none", *short)
+    assert hashes(tmp_path / "none") == before
 
     monkeypatch.setattr(Scorer, "score", score)
     run(recipe, tmp_path / "some", *short)
     stage = tmp_path / "some/round_01"
     names = sorted(weights(stage / "merged/checkpoint"))
     plain, wordy = (flat(stage / "branches" / name / "checkpoint", names) for name in ("plain", "wordy"))
-    assert (flat(stage / "merged/checkpoint", names) - (3 * plain + wordy) / 4).abs().max() < 1e-7
+    found = json.loads((stage / "merged/weights.json").read_text())
+    assert found["accuracy"] == {"plain": 0.75, "wordy": 0.25}
+    a, b = (found["weights"][name] for name in ("plain", "wordy"))
+    assert (a, b) == (round(0.75 * asked), round(0.25 * asked))
+    assert (flat(stage / "merged/checkpoint", names) - (a * plain + b * wordy) / (a + b)).abs().max() < 1e-7
     assert json.loads((stage / "merged/done.json").read_text())["cost"]["tokens"] == 14
 
 
