@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -686,24 +687,10 @@ class _Run:
             verifiers=self.verifier,
             problems=asked,
         )
-        file = self.folder.weights(number) / "scores.json"
-        entries = rundir.read_json(file)
-        for name, branch in branches.items():
-            inputs = scorer.inputs(branch.digest, {"problems": self.input_hashes["problems"]["sha256"]})
-            results = file.with_name(f"{name}.jsonl")
-            if entries.get(name, {}).get("inputs") == inputs and results.is_file():
-                continue
-            entry = scorer.score(
-                branch.path,
-                identity=branch.digest,
-                name=f"weight of {name}",
-                results=results,
-                log=self.folder.logs / "evaluate.log",
-                progress=self.progress,
-            )
-            entries[name] = {"inputs": inputs, **entry}
-            rundir.write_json(file, entries)
-        entries = {name: entries[name] for name in branches}
+        folder, hashes = self.folder.weights(number), {"problems": self.input_hashes["problems"]["sha256"]}
+        entries = self._scored(
+            scorer, folder / "scores.json", branches, hashes, lambda name: folder / f"{name}.jsonl", "weight of"
+        )
         accuracy = {name: float(entry["scores"]["accuracy"]) for name, entry in entries.items()}
         listed = ", ".join(f"{name} {100 * share:.1f} %" for name, share in accuracy.items())
         none = "" if any(accuracy.values()) else "; all count alike"
@@ -728,17 +715,26 @@ class _Run:
 
     def evaluate(self, number: int, models: Mapping[str, Model]) -> None:
         """``round_NN/evaluation.json``: one entry per checkpoint, each written when it is known."""
-        scorer = self.scorer
-        if scorer is None:
+        if self.scorer is None:
             return
-        file = self.folder.evaluation(number)
-        entries = rundir.read_json(file)
         hashes = {key: entry["sha256"] for key, entry in self.input_hashes.items() if key.startswith("evaluate")}
-        for name in ("base", *self.recipe.scored_names):
-            if name not in models:
-                continue
-            model, results = models[name], self.folder.results(number, name)
-            inputs = scorer.inputs(model.digest, hashes)
+        scored = {name: models[name] for name in ("base", *self.recipe.scored_names) if name in models}
+        results = functools.partial(self.folder.results, number)
+        self._scored(self.scorer, self.folder.evaluation(number), scored, hashes, results, f"round {number}")
+
+    def _scored(
+        self,
+        scorer: Scorer,
+        file: Path,
+        models: Mapping[str, Model],
+        hashes: Mapping[str, str],
+        results_of: Callable[[str], Path],
+        title: str,
+    ) -> dict[str, Any]:
+        """The entries of ``file`` for these models; those that are missing are made, each written when it is known."""
+        entries = rundir.read_json(file)
+        for name, model in models.items():
+            results, inputs = results_of(name), scorer.inputs(model.digest, hashes)
             if entries.get(name, {}).get("inputs") == inputs and (results.is_file() or not scorer.problems):
                 continue
             entry = self._shared_score(inputs, results)
@@ -749,13 +745,14 @@ class _Run:
                 entry = scorer.score(
                     model.path,
                     identity=model.digest,
-                    name=f"round {number} {name}",
+                    name=f"{title} {name}",
                     results=results,
                     log=self.folder.logs / "evaluate.log",
                     progress=self.progress,
                 )
             entries[name] = {"inputs": inputs, **entry}
             rundir.write_json(file, entries)
+        return {name: entries[name] for name in models}
 
     # What other runs have made
 
