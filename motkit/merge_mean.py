@@ -221,10 +221,7 @@ class WeightedMean:
             if blocks.numel() * width * _MOST_FAR > size:
                 return None
             left = (blocks * width + self._within_block[:width]).view(-1)
-        if self._power_of_two:
-            total.mul_(1.0 / self._divisor)
-        else:
-            total.div_(self._divisors[total.dtype])
+        self._divide_(total)
         if dtype is torch.float32:
             cast_rounded(total, out, term, signs, narrow)
         else:
@@ -293,11 +290,15 @@ class WeightedMean:
                 total.add_(target, alpha=float(numerator))
             elif numerator != 1:
                 target.mul_(float(numerator))
+        self._divide_(total)
+        cast_rounded(total, out, term, signs, narrow)
+
+    def _divide_(self, total: torch.Tensor) -> None:
+        """``total /= D``, as exact as the format allows."""
         if self._power_of_two:
             total.mul_(1.0 / self._divisor)
         else:
             total.div_(self._divisors[total.dtype])
-        cast_rounded(total, out, term, signs, narrow)
 
     def _careful(
         self, tensors: Sequence[torch.Tensor], used: Sequence[int], ranges: Sequence[ValueRange], out: torch.Tensor
